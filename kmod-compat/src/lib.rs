@@ -1,0 +1,1 @@
+//! Everything about the kernel side of RDMA.
