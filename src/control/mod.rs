@@ -1,0 +1,7 @@
+//! What the agent in every process and the orchestrator say to each other.
+//!
+//! One request, one reply, over a unix stream socket that only its user can open (`socket`). A message is a length
+//! (u32, little endian) and that many bytes of JSON. The agent never speaks first.
+
+pub mod message;
+pub mod socket;
