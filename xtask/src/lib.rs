@@ -1,0 +1,9 @@
+//! Tasks of the project, and the test machine as a library: see `vm`.
+
+pub mod command;
+pub mod guest_io;
+pub mod initramfs;
+pub mod kernel;
+pub mod paths;
+pub mod setup;
+pub mod vm;

@@ -1,0 +1,467 @@
+//! The test machine: the stock Debian kernel under QEMU's software emulation, over the host's
+//! own root file system, with Soft-RoCE devices.
+//!
+//! `docs/test-machine.md` tells why it is made this way.
+
+use std::env;
+use std::fmt;
+use std::io::{self, BufWriter, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+use std::sync::mpsc::RecvTimeoutError;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+
+use crate::guest_io::{self, Channels, Event, Relay, Sink};
+use crate::kernel::Kernel;
+use crate::{initramfs, paths, setup};
+
+/// Where the guest sees the share.
+pub const SHARE: &str = "/mnt/share";
+
+/// How long a guest that has reported its status may take to power off.
+const POWER_OFF: Duration = Duration::from_secs(20);
+
+/// A Soft-RoCE device of the guest, on a dummy network interface of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    name: String,
+    address: String,
+}
+
+/// `NAME@ADDRESS/PREFIX`: the RDMA name and the IPv4 address that makes its GID.
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Device> {
+        let wrong = || anyhow!("`{text}` is not NAME@ADDRESS/PREFIX, as in rxe0@10.77.0.1/24");
+        let (name, address) = text.split_once('@').ok_or_else(wrong)?;
+        let (ip, prefix) = address.split_once('/').ok_or_else(wrong)?;
+        let plain = name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        let known = ip.parse::<std::net::Ipv4Addr>().is_ok()
+            && prefix.parse::<u8>().is_ok_and(|bits| bits <= 32);
+        if name.is_empty() || !plain || !known {
+            return Err(wrong());
+        }
+        Ok(Device {
+            name: name.to_owned(),
+            address: address.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}@{}", self.name, self.address)
+    }
+}
+
+/// The devices that a machine has unless told otherwise.
+pub fn default_devices() -> Vec<Device> {
+    [("rxe0", "10.77.0.1/24"), ("rxe1", "10.78.0.1/24")]
+        .map(|(name, address)| Device {
+            name: name.to_owned(),
+            address: address.to_owned(),
+        })
+        .to_vec()
+}
+
+/// Where the job's output goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// To our own stdout and stderr, as it comes.
+    Inherit,
+    /// Into [`Outcome::stdout`] and [`Outcome::stderr`].
+    Capture,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum End {
+    /// The job ended with this status (128 + signal when one killed it).
+    Exit(u8),
+    /// The time was over; the guest was stopped.
+    Timeout,
+    /// Ctrl-C or SIGTERM; the guest was stopped.
+    Interrupted,
+}
+
+/// What a run left.
+#[derive(Debug)]
+pub struct Outcome {
+    pub end: End,
+    /// From the start of QEMU to the start of the job.
+    pub boot: Option<Duration>,
+    /// From the start of QEMU to its end.
+    pub total: Duration,
+    /// Filled with [`Output::Capture`].
+    pub stdout: Vec<u8>,
+    /// Filled with [`Output::Capture`].
+    pub stderr: Vec<u8>,
+}
+
+impl Outcome {
+    /// Whether the job ran to its end and exited with 0.
+    pub fn success(&self) -> bool {
+        matches!(self.end, End::Exit(0))
+    }
+
+    /// The status for a shell: the job's own, 124 for a timeout, 130 for an interrupt.
+    pub fn status(&self) -> u8 {
+        match self.end {
+            End::Exit(status) => status,
+            End::Timeout => 124,
+            End::Interrupted => 130,
+        }
+    }
+}
+
+/// A machine to be booted for one job, and off again afterwards.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    devices: Vec<Device>,
+    share: Option<PathBuf>,
+    cpus: usize,
+    memory: u32,
+    timeout: Duration,
+    counted: bool,
+    console: bool,
+    output: Output,
+    folder: Option<PathBuf>,
+    environment: Vec<(String, String)>,
+    binds: Vec<PathBuf>,
+}
+
+impl Default for Machine {
+    fn default() -> Machine {
+        Machine {
+            devices: default_devices(),
+            share: None,
+            cpus: thread::available_parallelism().map_or(1, |count| count.get().min(4)),
+            memory: 3072,
+            timeout: Duration::from_secs(600),
+            counted: false,
+            console: false,
+            output: Output::Inherit,
+            folder: None,
+            environment: Vec::new(),
+            binds: Vec::new(),
+        }
+    }
+}
+
+impl Machine {
+    /// The RDMA devices, in place of the default two.
+    pub fn devices(mut self, devices: Vec<Device>) -> Machine {
+        self.devices = devices;
+        self
+    }
+
+    /// The host folder that the guest writes to, seen there as [`SHARE`]; `vm/share` of the
+    /// build folder unless told otherwise.
+    pub fn share(mut self, folder: &Path) -> Machine {
+        self.share = Some(folder.to_owned());
+        self
+    }
+
+    /// Processors of the guest.
+    pub fn cpus(mut self, cpus: usize) -> Machine {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Memory of the guest, in MiB; what it writes outside the share is part of it.
+    pub fn memory(mut self, mebibytes: u32) -> Machine {
+        self.memory = mebibytes;
+        self
+    }
+
+    /// The longest a run may take, boot and power-off included.
+    pub fn timeout(mut self, timeout: Duration) -> Machine {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Guest time counts instructions (one processor, 2 ns each), whatever the host does.
+    pub fn counted(mut self, counted: bool) -> Machine {
+        self.counted = counted;
+        self
+    }
+
+    /// Shows the kernel's console on our stderr.
+    pub fn console(mut self, console: bool) -> Machine {
+        self.console = console;
+        self
+    }
+
+    /// Where the job's output goes.
+    pub fn output(mut self, output: Output) -> Machine {
+        self.output = output;
+        self
+    }
+
+    /// The job's current folder, in place of ours.
+    pub fn folder(mut self, folder: &Path) -> Machine {
+        self.folder = Some(folder.to_owned());
+        self
+    }
+
+    /// A variable for the job, which otherwise has PATH, HOME, USER, LOGNAME and LANG only.
+    pub fn environment(mut self, name: &str, value: &str) -> Machine {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// A host folder to be seen in the guest although it lies under `/tmp`, `/run` or
+    /// `/dev/shm`, which are the guest's own. The current folder, the workspace and the build
+    /// folder are seen in any case.
+    pub fn bind(mut self, folder: &Path) -> Machine {
+        self.binds.push(folder.to_owned());
+        self
+    }
+
+    /// Boots, runs one program with its arguments, powers off.
+    ///
+    /// # Errors
+    /// When the machine cannot be started or ends (a kernel panic, say) before the job does.
+    pub fn run<S: AsRef<str>>(&self, program: &[S]) -> Result<Outcome> {
+        let words: Vec<String> = program.iter().map(|word| quote(word.as_ref())).collect();
+        self.run_script(&format!("exec {}\n", words.join(" ")))
+    }
+
+    /// As [`Machine::run`], for the text of a shell script (busybox's; `exec bash FILE`
+    /// starts another).
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    pub fn run_script(&self, script: &str) -> Result<Outcome> {
+        setup::ensure()?;
+        let kernel = Kernel::get()?;
+        let share = match &self.share {
+            Some(folder) => folder.clone(),
+            None => paths::machine()?.join("share"),
+        };
+        let share = paths::make(share)?;
+        let settings = self.settings(&kernel)?;
+        // Without a name: nothing is left, however we end.
+        let mut archive = tempfile::tempfile()?;
+        initramfs::write(BufWriter::new(&archive), &kernel, &settings, script)?;
+        archive.rewind()?;
+        let begin = Instant::now();
+        let mut command = self.qemu(&kernel, &share);
+        let channels = Channels::attach(&mut command, archive)?;
+        guest_io::watch_signals()?;
+        let child = command.spawn().context("cannot start QEMU")?;
+        // The command holds the guest's ends of the channels: without them, the end of QEMU
+        // is the end of the streams.
+        drop(command);
+        self.attend(Guest(child), channels, begin)
+    }
+
+    fn settings(&self, kernel: &Kernel) -> Result<String> {
+        let current = env::current_dir().context("the current folder is gone")?;
+        let folder = self.folder.clone().unwrap_or(current);
+        let modules = kernel.all_modules();
+        let mut seen = vec![folder.clone(), paths::workspace(), paths::target()?];
+        seen.extend(self.binds.iter().cloned());
+        let mut hidden = Vec::new();
+        for folder in hidden_folders(seen) {
+            hidden.push(quote(text(&folder)?));
+        }
+        let devices: Vec<String> = self.devices.iter().map(Device::to_string).collect();
+        let mut environment = String::new();
+        for (name, value) in &self.environment {
+            ensure!(
+                !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'),
+                "`{name}` is no name for a variable"
+            );
+            environment += &format!("export {name}={}\n", quote(value));
+        }
+        let mut settings = String::new();
+        for (name, value) in [
+            ("devices", devices.join(" ")),
+            ("environment", environment),
+            ("folder", text(&folder)?.to_owned()),
+            ("hidden", hidden.join(" ")),
+            ("modules", text(&modules)?.to_owned()),
+        ] {
+            settings += &format!("{name}={}\n", quote(&value));
+        }
+        Ok(settings)
+    }
+
+    fn qemu(&self, kernel: &Kernel, share: &Path) -> Command {
+        // The guest must not outlive us, even when we are killed.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
+        command.args("-nodefaults -no-user-config -display none -no-reboot".split(' '));
+        // Never /dev/kvm: results must not depend on whether a host has it.
+        if self.counted {
+            command.args("-icount shift=1,sleep=off -accel tcg,thread=single -smp 1".split(' '));
+        } else {
+            command.args(["-accel", "tcg,thread=multi", "-smp"]);
+            command.arg(self.cpus.to_string());
+        }
+        command.args(["-machine", "pc", "-cpu", "max", "-m"]);
+        command.arg(format!("{}M", self.memory));
+        command.arg("-kernel").arg(kernel.image());
+        command.args(["-append", KERNEL_ARGUMENTS]);
+        let shared = |folder: &Path, tag: &str, access: &str| {
+            // QEMU's own escape for commas
+            let folder = folder.to_string_lossy().replace(',', ",,");
+            format!(
+                "local,path={folder},mount_tag={tag},security_model=none,multidevs=remap{access}"
+            )
+        };
+        command.arg("-virtfs");
+        command.arg(shared(Path::new("/"), "root", ",readonly=on"));
+        command.arg("-virtfs").arg(shared(share, "share", ""));
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
+    /// Stays with the guest to its end.
+    fn attend(&self, mut guest: Guest, channels: Channels, begin: Instant) -> Result<Outcome> {
+        let stdout = Relay::start(channels.out, self.sink(io::stdout()));
+        let stderr = Relay::start(channels.err, self.sink(io::stderr()));
+        let console = Relay::start(channels.console, Sink::tail(self.console));
+        let events = guest_io::listen(channels.control);
+
+        let mut boot = None;
+        let mut end = None;
+        let mut deadline = begin + self.timeout;
+        loop {
+            if guest_io::interrupted() {
+                end = Some(End::Interrupted);
+                guest.kill()?;
+                break;
+            }
+            if Instant::now() >= deadline {
+                end = end.or(Some(End::Timeout));
+                guest.kill()?;
+                break;
+            }
+            match events.recv_timeout(Duration::from_millis(50)) {
+                Ok(Event::Up) => boot = Some(begin.elapsed()),
+                Ok(Event::Exit(status)) => {
+                    end = Some(End::Exit(status));
+                    deadline = Instant::now() + POWER_OFF;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        guest.0.wait().context("cannot wait for QEMU")?;
+        let total = begin.elapsed();
+        let (stdout, stderr, console) = (stdout.join(), stderr.join(), console.join());
+        let Some(end) = end else {
+            bail!(
+                "the guest ended before its job did; the end of its console:\n{}",
+                String::from_utf8_lossy(&console).trim_end()
+            );
+        };
+        Ok(Outcome {
+            end,
+            boot,
+            total,
+            stdout,
+            stderr,
+        })
+    }
+
+    fn sink(&self, inherited: impl Write + Send + 'static) -> Sink {
+        match self.output {
+            Output::Inherit => Sink::through(inherited),
+            Output::Capture => Sink::keep(),
+        }
+    }
+}
+
+/// `mitigations=off` and `rcu_expedited` halve the boot; an oops must be seen at once.
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off \
+     rcupdate.rcu_expedited=1 audit=0 tsc=reliable";
+
+/// A running QEMU, which does not survive this value.
+struct Guest(Child);
+
+impl Guest {
+    fn kill(&mut self) -> Result<()> {
+        self.0.kill().context("cannot stop QEMU")
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Ended and waited for already, unless an error came between: nothing to report.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The folders that the guest's own volatile file systems would hide, outermost only.
+fn hidden_folders(mut folders: Vec<PathBuf>) -> Vec<PathBuf> {
+    folders.sort();
+    let mut kept: Vec<PathBuf> = Vec::new();
+    for folder in folders {
+        let hidden = ["/tmp", "/run", "/dev/shm"]
+            .iter()
+            .any(|volatile| folder.starts_with(volatile) && folder != Path::new(volatile));
+        if hidden && !kept.iter().any(|outer| folder.starts_with(outer)) {
+            kept.push(folder);
+        }
+    }
+    kept
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str()
+        .with_context(|| format!("the name {} is not UTF-8", path.display()))
+}
+
+/// One word for a POSIX shell.
+fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_and_refused() {
+        let device: Device = "rdma9@10.99.0.1/24".parse().expect("a device");
+        assert_eq!(device.to_string(), "rdma9@10.99.0.1/24");
+        for wrong in [
+            "",
+            "rxe0",
+            "@10.0.0.1/8",
+            "rxe0@10.0.0/8",
+            "rxe0@10.0.0.1",
+            "r x@10.0.0.1/8",
+            "rxe0@10.0.0.1/33",
+        ] {
+            assert!(wrong.parse::<Device>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn quoting_survives_a_shell() {
+        let word = "it's $HOME \\ \"x\" \n*";
+        let echoed = crate::command::output(
+            Command::new("sh").args(["-c", &format!("printf %s {}", quote(word))]),
+        );
+        assert_eq!(echoed.expect("a shell"), word);
+    }
+
+    #[test]
+    fn only_outermost_hidden_folders_are_bound() {
+        let folders = ["/tmp/a/b", "/home/x", "/tmp/a", "/tmp", "/run/c"].map(PathBuf::from);
+        let kept = hidden_folders(folders.to_vec());
+        assert_eq!(kept, ["/run/c", "/tmp/a"].map(PathBuf::from));
+    }
+}
