@@ -1,0 +1,258 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0
+ *
+ * The main loop and the final account; see rc_traffic.h.
+ */
+#include "rc_traffic.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+
+/* All handles are compared again after this many loops. */
+#define CHECK_EVERY 2048
+/* Acknowledgements come as WRITEs, which raise no event: a wait is never longer than this. */
+#define LONGEST_WAIT_MS 5
+
+static struct traffic traffic;
+
+static void report(void)
+{
+	asked_to_report = 0;
+	for (uint32_t i = 0; i < traffic.options.qps; i++) {
+		const struct stream *stream = &traffic.stream[i];
+
+		fprintf(stderr,
+			"side %d QP %u (0x%x): posted %" PRIu64 " retired %" PRIu64 " | number %" PRIu64
+			" acknowledged %" PRIu64 " last %d | received %" PRIu64 " of %" PRIu64
+			" verified %" PRIu64 " said %" PRIu64 " last %d\n",
+			side, i, stream->qp->qp_num, stream->posted, stream->retired,
+			stream->next_number, stream->acknowledged, stream->last_sent,
+			stream->received, stream->receives_posted, stream->verified, stream->said,
+			stream->last_received);
+	}
+	fprintf(stderr, "side %d: armed %d %d\n", side, traffic.armed[0], traffic.armed[1]);
+}
+
+static void look_at_signals(void)
+{
+	if (asked_to_report)
+		report();
+	check_peer_process();
+}
+
+static bool finished(void)
+{
+	for (uint32_t i = 0; i < traffic.options.qps; i++) {
+		const struct stream *stream = &traffic.stream[i];
+
+		if (!stream->last_sent || !stream->last_said || stream->retired != stream->posted)
+			return false;
+	}
+	return true;
+}
+
+/* One round over everything; says whether there was anything to do. */
+static bool work(void)
+{
+	bool busy = take_send_completions(&traffic);
+
+	busy |= take_receive_completions(&traffic);
+	busy |= post_late_receives(&traffic);
+	for (uint32_t i = 0; i < traffic.options.qps; i++) {
+		busy |= send_acknowledgement(&traffic, &traffic.stream[i]);
+		busy |= send_more(&traffic, &traffic.stream[i]);
+	}
+	return busy;
+}
+
+static void arm(void)
+{
+	struct ibv_cq *cq[2] = { traffic.send_cq, traffic.receive_cq };
+
+	for (int i = 0; i < 2; i++) {
+		int result = traffic.armed[i] ? 0 : ibv_req_notify_cq(cq[i], 0);
+
+		if (result)
+			fail("ibv_req_notify_cq: %s", strerror(result));
+		traffic.armed[i] = true;
+	}
+}
+
+/* Takes one event; it must be one that was asked for. */
+static bool take_event(void)
+{
+	struct ibv_cq *cq;
+	void *context;
+	int which;
+
+	if (ibv_get_cq_event(traffic.channel, &cq, &context)) {
+		if (errno == EINTR || errno == EAGAIN)
+			return false;
+		fail("ibv_get_cq_event: %s", strerror(errno));
+	}
+	if ((cq != traffic.send_cq && cq != traffic.receive_cq) || context != &traffic)
+		fail("event for CQ %p with context %p, neither is ours", (void *)cq, context);
+	which = cq == traffic.receive_cq;
+	if (!traffic.armed[which])
+		fail("event for a CQ that was not armed: doubled");
+	traffic.armed[which] = false;
+	traffic.totals.events++;
+	if (++traffic.unacked_events[which] == 10) {
+		ibv_ack_cq_events(cq, 10);
+		traffic.unacked_events[which] = 0;
+	}
+	return true;
+}
+
+static bool readable(int timeout)
+{
+	struct pollfd entry = { .fd = traffic.channel->fd, .events = POLLIN };
+	int result = poll(&entry, 1, timeout);
+
+	if (result < 0 && errno != EINTR)
+		fail("poll: %s", strerror(errno));
+	return result > 0;
+}
+
+/* Sleeps until there is something to do. A CQ that was armed while it was empty and is not empty
+ * now must have raised an event: it is waited for without a limit, so one that is lost shows as a
+ * process that hangs here. */
+static void wait_for_event(void)
+{
+	bool was_armed[2];
+
+	arm();
+	/* What came before the arming raises no event. */
+	if (work())
+		return;
+	memcpy(was_armed, traffic.armed, sizeof(was_armed));
+	if (!readable(LONGEST_WAIT_MS)) {
+		bool got_send = take_send_completions(&traffic);
+		bool got_receive = take_receive_completions(&traffic);
+
+		while ((got_send && was_armed[0] && traffic.armed[0]) ||
+		       (got_receive && was_armed[1] && traffic.armed[1])) {
+			look_at_signals();
+			if (readable(-1))
+				take_event();
+		}
+	}
+	while (readable(0) && take_event())
+		;
+}
+
+static void run(void)
+{
+	uint64_t loops = 0;
+
+	while (!finished()) {
+		look_at_signals();
+		if (work()) {
+			traffic.idle = 0;
+		} else {
+			traffic.idle++;
+			if (traffic.channel)
+				wait_for_event();
+			else
+				sched_yield();
+		}
+		if (++loops % CHECK_EVERY == 0)
+			check_handles(&traffic.handles);
+		if (loops % 64 == 0 && running_time() >= traffic.options.seconds &&
+		    traffic.options.seconds)
+			asked_to_stop = 1;
+	}
+	check_handles(&traffic.handles);
+}
+
+/* Both sides are quiet now: nothing may be missing, and nothing too much. */
+static void check_memory(const struct totals *peer)
+{
+	uint32_t qps = traffic.options.qps;
+	uint64_t theirs[2 * MAX_QPS], ours[2 * MAX_QPS];
+
+	check_poison(traffic.slots, acknowledgement_offset(&traffic, 0), "memory for WRITEs");
+	check_poison(traffic.results, traffic.results_length, "memory for results");
+	for (uint32_t page = 0; page < qps; page++)
+		check_content(traffic.library + page * (size_t)traffic.options.max_size,
+			      traffic.options.max_size, library_key(&traffic, side, page),
+			      "memory that is only read");
+	for (uint32_t i = 0; i < qps; i++) {
+		ours[2 * i] = traffic.stream[i].added;
+		ours[2 * i + 1] = traffic.stream[i].swapped;
+	}
+	socket_send(traffic.socket, ours, 2 * qps * sizeof(uint64_t));
+	socket_receive(traffic.socket, theirs, 2 * qps * sizeof(uint64_t));
+	for (uint32_t i = 0; i < 2 * qps; i++)
+		if (traffic.counters[i] != theirs[i])
+			fail("counter %u is 0x%" PRIx64 ", the other side made it 0x%" PRIx64, i,
+			     traffic.counters[i], theirs[i]);
+	if (traffic.counters[2 * qps] - counter_start(&traffic, side, 2 * qps) !=
+	    peer->shared_added)
+		fail("the shared counter grew by 0x%" PRIx64 ", the other side added 0x%" PRIx64,
+		     traffic.counters[2 * qps] - counter_start(&traffic, side, 2 * qps),
+		     peer->shared_added);
+	for (uint32_t i = 0; i < qps; i++) {
+		const struct acknowledgement *said =
+			(void *)(traffic.slots + acknowledgement_offset(&traffic, i));
+
+		if (said->verified != traffic.stream[i].next_number)
+			fail("QP %u: %" PRIu64 " operations sent, %" PRIu64 " verified", i,
+			     traffic.stream[i].next_number, said->verified);
+	}
+}
+
+static void print_totals(const struct totals *peer)
+{
+	static const char *const names[KINDS] = { "send",      "send_imm",  "write",	"write_imm",
+						  "read",      "fetch_add", "cmp_swap", "ack" };
+	const struct totals *own = &traffic.totals;
+
+	printf("{\"program\":\"rc_traffic\"");
+	for (int kind = 0; kind < KINDS; kind++)
+		printf(",\"%s\":%" PRIu64, names[kind], own->operations[kind] + peer->operations[kind]);
+	printf(",\"messages\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"send_completions\":%" PRIu64
+	       ",\"receive_completions\":%" PRIu64 ",\"events\":%" PRIu64
+	       ",\"handle_checks\":%" PRIu64 ",\"seconds\":%.1f,\"errors\":0}\n",
+	       own->messages + peer->messages, own->bytes + peer->bytes,
+	       own->send_completions + peer->send_completions,
+	       own->receive_completions + peer->receive_completions, own->events + peer->events,
+	       own->handle_checks + peer->handle_checks, running_time());
+}
+
+int main(int count, char **arguments)
+{
+	struct totals peer;
+
+	read_options(&traffic.options, count, arguments);
+	traffic.socket = split_in_two();
+	set_up(&traffic);
+	if (traffic.channel &&
+	    fcntl(traffic.channel->fd, F_SETFL, O_NONBLOCK))
+		fail("fcntl: %s", strerror(errno));
+	for (uint32_t i = 0; i < traffic.options.qps; i++) {
+		traffic.stream[i].added = counter_start(&traffic, !side, 2 * i);
+		traffic.stream[i].swapped = counter_start(&traffic, !side, 2 * i + 1);
+	}
+	running_time();
+	if (side == 0) {
+		printf("ready\n");
+		fflush(stdout);
+	}
+	run();
+	traffic.totals.handle_checks = traffic.handles.checks;
+	socket_send(traffic.socket, &traffic.totals, sizeof(traffic.totals));
+	socket_receive(traffic.socket, &peer, sizeof(peer));
+	check_memory(&peer);
+	socket_barrier(traffic.socket);
+	tear_down(&traffic);
+	if (side == 0) {
+		join_child();
+		print_totals(&peer);
+	}
+	return 0;
+}

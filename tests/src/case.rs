@@ -1,0 +1,68 @@
+//! A test case, and the list of all of them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::setup::{Deadline, Setup};
+use crate::{own_programs, stock};
+
+/// In which modes a case makes sense.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Needs {
+    /// Runs in both modes; on the bare device it shows what is to be expected.
+    AnyMode,
+    /// Needs the provider and the `reverbs` command.
+    Provider,
+}
+
+/// What a case gets to work with.
+#[derive(Clone, Debug)]
+pub struct Job<'a> {
+    pub setup: &'a Setup,
+    /// The case's own folder for captured output; it exists.
+    pub folder: PathBuf,
+    pub deadline: Deadline,
+    /// A TCP port that no other case of this run uses.
+    pub port: u16,
+}
+
+/// One named test.
+#[derive(Debug)]
+pub struct Case {
+    pub name: String,
+    pub needs: Needs,
+    /// A case that takes longer is ended and has failed.
+    pub limit: Duration,
+    pub action: Action,
+}
+
+/// What a case runs.
+#[derive(Debug)]
+pub enum Action {
+    /// A stock server and client.
+    Pair(&'static stock::Pair),
+    /// One of our own programs.
+    Own(&'static own_programs::Own),
+}
+
+impl Case {
+    /// Runs the case. The text is a remark for the report, "" for none.
+    ///
+    /// # Errors
+    /// When anything is not as promised; the error says what.
+    pub fn run(&self, job: &Job<'_>) -> Result<String> {
+        match &self.action {
+            Action::Pair(pair) => stock::run(pair, job).map(|()| String::new()),
+            Action::Own(own) => own_programs::run(own, job),
+        }
+    }
+}
+
+/// All cases, in the order in which they run.
+pub fn all() -> Vec<Case> {
+    let mut cases = stock::cases();
+    cases.extend(own_programs::cases());
+    cases
+}

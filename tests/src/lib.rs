@@ -1,0 +1,16 @@
+//! The runner of the tests that need an RDMA device.
+//!
+//! `guest-tests` runs inside the test machine (`cargo xtask vm`). It starts stock RDMA programs and
+//! the C programs of `tests/programs/`, either on the bare device or through the provider, and
+//! checks what they did. LEDGER.md says which promise each case proves.
+
+pub mod case;
+pub mod command_line;
+pub mod evidence;
+pub mod own_programs;
+pub mod process;
+pub mod programs;
+pub mod report;
+pub mod setup;
+pub mod stock;
+pub mod tree;

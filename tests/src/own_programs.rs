@@ -1,0 +1,121 @@
+//! Our own C programs, each run to its end by itself.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::case::{Action, Case, Job, Needs};
+use crate::evidence;
+use crate::process::Running;
+
+/// The time limit of each of these cases.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// One of our programs with its options.
+#[derive(Debug)]
+pub struct Own {
+    name: &'static str,
+    program: &'static str,
+    options: &'static str,
+}
+
+const OWN: &[Own] = &[
+    Own {
+        name: "rc-polled",
+        program: "rc_traffic",
+        options: "--messages 400",
+    },
+    Own {
+        name: "rc-events",
+        program: "rc_traffic",
+        options: "--messages 300 --qps 1 --window 8 --events --seed 2",
+    },
+    Own {
+        name: "rc-many-qps",
+        program: "rc_traffic",
+        options: "--messages 100 --qps 16 --seed 3",
+    },
+    Own {
+        name: "rc-slow-receiver",
+        program: "rc_traffic",
+        options: "--messages 150 --rnr",
+    },
+    Own {
+        name: "rc-slow-receiver-events",
+        program: "rc_traffic",
+        options: "--messages 100 --rnr --events --seed 4",
+    },
+];
+
+/// The cases of this module.
+pub fn cases() -> Vec<Case> {
+    OWN.iter()
+        .map(|own| Case {
+            name: own.name.to_owned(),
+            needs: Needs::AnyMode,
+            limit: LIMIT,
+            action: Action::Own(own),
+        })
+        .collect()
+}
+
+/// Runs a program and checks its account. The remark is how many messages were checked.
+///
+/// # Errors
+/// When it fails, or did not drive the device in the wanted way.
+pub fn run(own: &Own, job: &Job<'_>) -> Result<String> {
+    let options: Vec<_> = own.options.split_whitespace().collect();
+    let mut program = start(job, own.program, &options)?;
+    // The child checks everything that the parent does, so the parent stands for both.
+    program.wait_for_line(job.deadline, "ready")?;
+    evidence::check_mode(program.pid(), &job.setup.mode)?;
+    program.wait_for_success(job.deadline)?;
+    Ok(format!("{} messages", check_account(&program.output()?)?))
+}
+
+/// Starts one of our verbs programs on the device of the run.
+///
+/// # Errors
+/// When it is not there or cannot be started.
+pub fn start(job: &Job<'_>, name: &str, options: &[&str]) -> Result<Running> {
+    let setup = job.setup;
+    let mut command = setup.command(setup.own_program(name)?);
+    command.args(["--device", &setup.device]);
+    command.args(["--gid-index", &setup.gid_index.to_string()]);
+    command.args(options);
+    Running::start(command, &job.folder, name)
+}
+
+/// Reads the line of JSON with which a program ends, and gives the number of checked messages.
+///
+/// # Errors
+/// When there is none, it tells of errors, or no message was checked.
+pub fn check_account(output: &str) -> Result<u64> {
+    let line = output.lines().last().context("the program wrote nothing")?;
+    let account: Value =
+        serde_json::from_str(line).with_context(|| format!("not an account: {line}"))?;
+    ensure!(account["errors"] == 0, "errors in {line}");
+    let messages = account["messages"]
+        .as_u64()
+        .context("no number of messages")?;
+    ensure!(messages > 0, "no message was checked");
+    Ok(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn account_without_traffic_or_with_errors_fails() {
+        assert_eq!(
+            check_account("ready\n{\"messages\":7,\"errors\":0}\n").unwrap(),
+            7
+        );
+        check_account("ready\n{\"messages\":0,\"errors\":0}\n").unwrap_err();
+        check_account("ready\n{\"messages\":7,\"errors\":1}\n").unwrap_err();
+        check_account("ready\n{\"messages\":7}\n").unwrap_err();
+        check_account("ready\n").unwrap_err();
+    }
+}

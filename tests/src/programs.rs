@@ -1,0 +1,54 @@
+//! How the C programs of `tests/programs/` are compiled.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+/// One program: its compiler, sources and libraries.
+struct Program {
+    name: &'static str,
+    compiler: &'static str,
+    sources: &'static [&'static str],
+    libraries: &'static [&'static str],
+}
+
+const PROGRAMS: &[Program] = &[Program {
+    name: "rc_traffic",
+    compiler: "gcc",
+    sources: &[
+        "rc_traffic.c",
+        "rc_setup.c",
+        "rc_stream.c",
+        "rc_send.c",
+        "rc_receive.c",
+        "common.c",
+        "handles.c",
+    ],
+    libraries: &["-libverbs"],
+}];
+
+const FLAGS: &[&str] = &["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-g"];
+
+/// Compiles all programs into `folder`.
+///
+/// # Errors
+/// When a compiler is missing or refuses a program.
+pub fn build(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let sources = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs");
+    for program in PROGRAMS {
+        let status = Command::new(program.compiler)
+            .args(FLAGS)
+            .args(program.sources.iter().map(|name| sources.join(name)))
+            .args(program.libraries)
+            .arg("-o")
+            .arg(folder.join(program.name))
+            .status()
+            .with_context(|| format!("cannot start {}", program.compiler))?;
+        if !status.success() {
+            bail!("{} refused {}", program.compiler, program.name);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! Process trees: who descends from whom, and ending all of them.
+
+use std::fs;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+/// Makes this process the parent of every orphan below it, so that nothing a case started can
+/// escape `end_all`. A tree restored by a detached CRIU lands here as well.
+///
+/// # Errors
+/// When the kernel refuses `PR_SET_CHILD_SUBREAPER`.
+pub fn adopt_orphans() -> rustix::io::Result<()> {
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+}
+
+/// All live processes below `root`, parents before children; `root` itself is not among them.
+pub fn descendants(root: u32) -> Vec<u32> {
+    let parents = parents();
+    let mut found = vec![root];
+    let mut next = 0;
+    while let Some(&parent) = found.get(next) {
+        found.extend(
+            parents
+                .iter()
+                .filter(|(_, of)| *of == parent)
+                .map(|(pid, _)| *pid),
+        );
+        next += 1;
+    }
+    found.remove(0);
+    found
+}
+
+/// Ends everything below this process, and reaps it. Returns how many processes had to be ended.
+///
+/// Processes can fork while they are being ended, so this goes on until none is left.
+pub fn end_all() -> usize {
+    let mut ended = 0;
+    loop {
+        let left = descendants(std::process::id());
+        if left.is_empty() {
+            return ended;
+        }
+        for pid in left
+            .iter()
+            .filter_map(|pid| Pid::from_raw(pid.cast_signed()))
+        {
+            // A process that has ended in the meantime is what is wanted.
+            if kill_process(pid, Signal::KILL).is_ok() {
+                ended += 1;
+            }
+        }
+        reap(Duration::from_millis(10));
+    }
+}
+
+/// Collects every child that has ended; waits a little if there is none yet.
+fn reap(pause: Duration) {
+    let mut any = false;
+    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {
+        any = true;
+    }
+    if !any {
+        std::thread::sleep(pause);
+    }
+}
+
+/// Every live process with its parent. Zombies count as gone unless they are ours to reap.
+fn parents() -> Vec<(u32, u32)> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|pid: u32| Some((pid, parent_of(pid)?)))
+        .collect()
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, the name in parentheses, may itself contain blanks and parentheses.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
