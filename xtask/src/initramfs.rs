@@ -23,6 +23,24 @@ const MODULES: &[&str] = &[
     "rdma_rxe",
     "ib_uverbs",
     "rdma_ucm",
+    // criu: sockets of every kind, and what it locks connections with
+    "unix_diag",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "raw_diag",
+    "af_packet_diag",
+    "netlink_diag",
+    "tun",
+    "veth",
+    "crc32c_generic",
+    "nf_tables",
+    "nft_compat",
+    "xt_mark",
+    "xt_tcpudp",
+    "xt_conntrack",
+    "ip_tables",
+    "iptable_filter",
 ];
 
 const FIRST_STAGE: &str = include_str!("guest/init.sh");

@@ -307,7 +307,7 @@ impl Machine {
             command.args(["-accel", "tcg,thread=multi", "-smp"]);
             command.arg(self.cpus.to_string());
         }
-        command.args(["-machine", "pc", "-cpu", "max", "-m"]);
+        command.args(["-machine", "q35", "-cpu", "max", "-m"]);
         command.arg(format!("{}M", self.memory));
         command.arg("-kernel").arg(kernel.image());
         command.args(["-append", KERNEL_ARGUMENTS]);
@@ -384,7 +384,7 @@ impl Machine {
 
 /// `mitigations=off` and `rcu_expedited` halve the boot; an oops must be seen at once.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off \
-     rcupdate.rcu_expedited=1 audit=0 tsc=reliable";
+     rcupdate.rcu_expedited=1 audit=0 tsc=reliable cryptomgr.notests swiotlb=noforce";
 
 /// A running QEMU, which does not survive this value.
 struct Guest(Child);
