@@ -1,0 +1,333 @@
+//! The agents of a job: how they are found and spoken to.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use reverbs::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
+use reverbs::control::socket;
+
+use super::tree::{self, ProcessTree};
+
+/// What an agent says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hello {
+    pub(crate) pid: i32,
+    pub(crate) phase: Phase,
+    pub(crate) session: Option<Session>,
+}
+
+/// An agent that does not answer, or speaks another version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unreachable {
+    pub(crate) pid: i32,
+    pub(crate) why: String,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AgentFailure {
+    /// The process, or its agent, is not there any more.
+    Ended,
+    /// It is there but did not answer in time, or not in our language.
+    Broken(String),
+}
+
+/// Whoever can be asked: the sockets of real processes, or actors in a test.
+pub(crate) trait Agents {
+    /// All agents of the job that there are now; or why one that is there cannot be spoken to.
+    fn scan(&mut self) -> Vec<Result<Hello, Unreachable>>;
+
+    /// Asks all of `targets` the same, at the same time.
+    fn ask(
+        &mut self,
+        targets: &[i32],
+        request: &Request,
+    ) -> Vec<(i32, Result<Reply, AgentFailure>)>;
+
+    /// Whether the orchestrator of a session is still there.
+    fn is_alive(&self, session: &Session) -> bool;
+}
+
+/// The agents in the processes of a tree, over their sockets.
+#[derive(Debug)]
+pub(crate) struct SocketAgents {
+    root: i32,
+    runtime_dir: PathBuf,
+    connections: BTreeMap<i32, UnixStream>,
+}
+
+impl SocketAgents {
+    pub(crate) fn new(root: i32, runtime_dir: PathBuf) -> Self {
+        Self {
+            root,
+            runtime_dir,
+            connections: BTreeMap::new(),
+        }
+    }
+
+    /// Closes all connections, and waits until the agents have closed their ends: a process with an open connection to
+    /// the outside cannot be dumped.
+    ///
+    /// # Errors
+    /// An agent keeps its end open.
+    pub(crate) fn hang_up(&mut self) -> Result<()> {
+        self.connections.clear();
+        for _ in 0..200 {
+            if !self.any_open_end()? {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        bail!(
+            "an agent keeps a connection in {} open",
+            self.runtime_dir.display()
+        )
+    }
+
+    /// Connected sockets that bear the name of an agent of ours: ends of closed connections that are not closed yet.
+    fn any_open_end(&self) -> Result<bool> {
+        const CONNECTED: &str = "03";
+        let members = ProcessTree::of(self.root)?;
+        let paths: Vec<_> = members
+            .members
+            .iter()
+            .map(|member| socket::agent_socket(&self.runtime_dir, member.pid))
+            .collect();
+        // Num RefCount Protocol Flags Type St Inode Path
+        let table =
+            std::fs::read_to_string("/proc/net/unix").context("cannot read /proc/net/unix")?;
+        Ok(table.lines().any(|line| {
+            let mut fields = line.split_ascii_whitespace().skip(5);
+            fields.next() == Some(CONNECTED)
+                && fields
+                    .nth(1)
+                    .is_some_and(|path| paths.iter().any(|ours| ours == Path::new(path)))
+        }))
+    }
+
+    fn hello(&mut self, pid: i32) -> Result<Option<Hello>> {
+        if !self.connections.contains_key(&pid) {
+            let Some(stream) = connect(&self.runtime_dir, pid)? else {
+                return Ok(None);
+            };
+            self.connections.insert(pid, stream);
+        }
+        let request = Request::Hello {
+            version: PROTOCOL_VERSION,
+        };
+        let Some((_, answer)) = self.ask(&[pid], &request).pop() else {
+            return Ok(None);
+        };
+        match answer {
+            Ok(Reply::Hello {
+                version,
+                pid: said,
+                phase,
+                session,
+            }) => {
+                if version != PROTOCOL_VERSION {
+                    bail!(
+                        "it runs with a reverbs that speaks protocol {version}, this command speaks \
+                         {PROTOCOL_VERSION}: use the command that came with the job's reverbs"
+                    );
+                }
+                if said != pid {
+                    bail!("the agent that listens for it says that it is in process {said}");
+                }
+                Ok(Some(Hello {
+                    pid,
+                    phase,
+                    session,
+                }))
+            }
+            Ok(Reply::Refused { reason, .. }) => bail!(reason),
+            Ok(other) => bail!("it answers Hello with {other:?}"),
+            Err(AgentFailure::Ended) => Ok(None),
+            Err(AgentFailure::Broken(why)) => bail!(why),
+        }
+    }
+}
+
+impl Agents for SocketAgents {
+    fn scan(&mut self) -> Vec<Result<Hello, Unreachable>> {
+        // A root that has ended may leave children behind, which then are those that are known already.
+        let pids = match ProcessTree::of(self.root) {
+            Ok(tree) => tree.pids(),
+            Err(_) => self.connections.keys().copied().collect(),
+        };
+        pids.into_iter()
+            .filter_map(|pid| {
+                self.hello(pid)
+                    .map_err(|error| Unreachable {
+                        pid,
+                        why: format!("{error:#}"),
+                    })
+                    .transpose()
+            })
+            .collect()
+    }
+
+    fn ask(
+        &mut self,
+        targets: &[i32],
+        request: &Request,
+    ) -> Vec<(i32, Result<Reply, AgentFailure>)> {
+        let runtime_dir = &self.runtime_dir;
+        let mut streams: Vec<_> = targets
+            .iter()
+            .map(|pid| (*pid, self.connections.remove(pid)))
+            .collect();
+        let answers: Vec<_> = std::thread::scope(|scope| {
+            let waiting: Vec<_> = streams
+                .iter_mut()
+                .map(|(pid, stream)| {
+                    let pid = *pid;
+                    let asking = scope.spawn(move || {
+                        if stream.is_none() {
+                            *stream = connect(runtime_dir, pid)
+                                .map_err(|error| AgentFailure::Broken(format!("{error:#}")))?;
+                        }
+                        let stream = stream.as_mut().ok_or(AgentFailure::Ended)?;
+                        exchange(stream, request).map_err(|error| explain(pid, &error, request))
+                    });
+                    (pid, asking)
+                })
+                .collect();
+            waiting
+                .into_iter()
+                .map(|(pid, asking)| {
+                    let answer = asking
+                        .join()
+                        .unwrap_or_else(|_| Err(AgentFailure::Broken("asking panicked".into())));
+                    (pid, answer)
+                })
+                .collect()
+        });
+        for ((pid, stream), (_, answer)) in streams.into_iter().zip(&answers) {
+            // After a failure the stream may stand in the middle of a message.
+            if let (Some(stream), Ok(_)) = (stream, answer) {
+                self.connections.insert(pid, stream);
+            }
+        }
+        answers
+    }
+
+    fn is_alive(&self, session: &Session) -> bool {
+        tree::is_reverbs(session.pid)
+    }
+}
+
+/// Every agent of this user, in any job.
+///
+/// # Errors
+/// The runtime folder cannot be read.
+pub(crate) fn listening(runtime_dir: &Path) -> Result<Vec<i32>> {
+    let entries = std::fs::read_dir(runtime_dir)
+        .with_context(|| format!("cannot list {}", runtime_dir.display()))?;
+    let mut pids: Vec<i32> = entries
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            name.to_str()?.strip_suffix(".sock")?.parse().ok()
+        })
+        .collect();
+    pids.sort_unstable();
+    Ok(pids)
+}
+
+/// Asks one agent one thing, over a connection of its own. `None` if there is no agent.
+///
+/// # Errors
+/// It does not answer.
+pub(crate) fn ask_once(runtime_dir: &Path, pid: i32, request: &Request) -> Result<Option<Reply>> {
+    let Some(mut stream) = connect(runtime_dir, pid)? else {
+        return Ok(None);
+    };
+    match exchange(&mut stream, request) {
+        Ok(reply) => Ok(Some(reply)),
+        Err(error) => match explain(pid, &error, request) {
+            AgentFailure::Ended => Ok(None),
+            AgentFailure::Broken(why) => bail!("process {pid}: {why}"),
+        },
+    }
+}
+
+/// `None` if nobody listens: no socket, or one that a process of the same id has left.
+fn connect(runtime_dir: &Path, pid: i32) -> Result<Option<UnixStream>> {
+    let path = socket::agent_socket(runtime_dir, pid);
+    let stream = match UnixStream::connect(&path) {
+        Ok(stream) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot connect to {}", path.display()));
+        }
+    };
+    // The folder is private already; this holds where somebody has changed its mode since.
+    let peer = rustix::net::sockopt::socket_peercred(&stream)?;
+    if peer.uid != rustix::process::geteuid() {
+        bail!(
+            "{} is answered by a process of another user",
+            path.display()
+        );
+    }
+    Ok(Some(stream))
+}
+
+fn exchange(stream: &mut UnixStream, request: &Request) -> io::Result<Reply> {
+    stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(patience(request)))?;
+    socket::send(stream, request)?;
+    socket::receive(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// How long an answer may take. What the agent bounds itself gets a margin; rebuilding registers memory, which takes
+/// about 0.3 s a GiB, and emulated machines are fifty times slower than real ones.
+fn patience(request: &Request) -> Duration {
+    const MARGIN: Duration = Duration::from_secs(20);
+    match request {
+        Request::Hello { .. } | Request::Begin { .. } => Duration::from_secs(10),
+        Request::Close { limit_ms } | Request::Drain { limit_ms } | Request::Stop { limit_ms } => {
+            Duration::from_millis(*limit_ms) + MARGIN
+        }
+        Request::Examine
+        | Request::Responders
+        | Request::Settle { .. }
+        | Request::Publish
+        | Request::Resume
+        | Request::Status => Duration::from_secs(60),
+        Request::Release | Request::Rebuild { .. } | Request::Connect { .. } => {
+            Duration::from_secs(600)
+        }
+    }
+}
+
+fn explain(pid: i32, error: &io::Error, request: &Request) -> AgentFailure {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::BrokenPipe
+        | io::ErrorKind::ConnectionReset => AgentFailure::Ended,
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            let name = format!("{request:?}");
+            let name = name.split([' ', '{']).next().unwrap_or_default();
+            AgentFailure::Broken(format!(
+                "no answer to {name} within {} s (is it stopped? {})",
+                patience(request).as_secs(),
+                tree::state(pid).map_or("it is gone".to_owned(), |state| format!(
+                    "its state is {state}"
+                ))
+            ))
+        }
+        _ => AgentFailure::Broken(format!("cannot speak with its agent: {error}")),
+    }
+}

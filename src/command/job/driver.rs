@@ -1,0 +1,472 @@
+//! Takes all agents of a job through the phases, each phase by all before any enters the next.
+//!
+//! One rule drives it forward: the agents in the *lowest* phase are asked to take the next step. That holds for a
+//! job that starts from `Running`, for a process that opened a device in the middle of a checkpoint and has to
+//! catch up, and for whatever an orchestrator that was killed has left behind. When something fails, [`Driver::recover`] looks
+//! at where everybody is and takes them back to `Running`: backwards if nothing was moved yet, else forwards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+
+use reverbs::control::message::{DeviceChoice, Phase, Reply, Request, Session};
+
+use super::agents::{AgentFailure, Agents};
+use crate::command::interrupt::Interrupt;
+use crate::command::progress::{Progress, count};
+
+/// How long an agent may wait for threads inside a verb, and for completions of a stop.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// One round of draining, and all of them together.
+const DRAIN_ROUND: Duration = Duration::from_millis(20);
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// Rounds without progress after which what is outstanding is taken to be stuck (no receive posted, peer not connected).
+const STILL_ROUNDS: u32 = 2;
+/// Processes that keep opening devices in the middle of a checkpoint are waited for this often.
+const MOST_CATCH_UPS: u32 = 32;
+
+/// The orchestrator's view of a job.
+#[derive(Debug)]
+pub(crate) struct Driver<'a, A> {
+    agents: &'a mut A,
+    progress: &'a mut Progress,
+    interrupt: Interrupt,
+    session: Session,
+    devices: Vec<DeviceChoice>,
+    /// Replace the session of an orchestrator that has died.
+    takeover: bool,
+    /// An agent that refuses is left where it is, and the others go on.
+    tolerant: bool,
+    /// Nobody joins any more.
+    circle_closed: bool,
+    phases: BTreeMap<i32, Phase>,
+    /// Those whose session is ours.
+    claimed: BTreeSet<i32>,
+    /// Those whose session was that of another orchestrator when we found them.
+    inherited: BTreeSet<i32>,
+    ended: BTreeSet<i32>,
+    stuck: BTreeMap<i32, String>,
+}
+
+impl<'a, A: Agents> Driver<'a, A> {
+    /// A driver that will start from jobs in `Running`.
+    pub(crate) fn new(
+        agents: &'a mut A,
+        progress: &'a mut Progress,
+        interrupt: Interrupt,
+        session: Session,
+        devices: Vec<DeviceChoice>,
+    ) -> Self {
+        Self {
+            agents,
+            progress,
+            interrupt,
+            session,
+            devices,
+            takeover: false,
+            tolerant: false,
+            circle_closed: false,
+            phases: BTreeMap::new(),
+            claimed: BTreeSet::new(),
+            inherited: BTreeSet::new(),
+            ended: BTreeSet::new(),
+            stuck: BTreeMap::new(),
+        }
+    }
+
+    /// Finds the agents and makes sure that nobody else is driving them. Returns how many there are.
+    ///
+    /// # Errors
+    /// A process does not answer, is driven by another orchestrator, or was left half-way by one that died.
+    pub(crate) fn attach(&mut self) -> Result<usize> {
+        self.look_around()?;
+        if let Some((pid, phase)) = self.phases.iter().find(|(_, at)| **at != Phase::Running) {
+            bail!("process {pid} was left in phase {phase:?}: run `reverbs resume` first");
+        }
+        Ok(self.phases.len())
+    }
+
+    /// Finds the agents of a job that its orchestrator has left (or that was saved half-way), to take them over.
+    ///
+    /// # Errors
+    /// A process does not answer, or the other orchestrator lives.
+    pub(crate) fn attach_abandoned(&mut self) -> Result<usize> {
+        self.takeover = true;
+        self.look_around()?;
+        Ok(self.phases.len())
+    }
+
+    /// Processes that had an agent and ended on the way.
+    pub(crate) fn ended(&self) -> Vec<i32> {
+        self.ended.iter().copied().collect()
+    }
+
+    /// Takes all agents to `Released`: no RDMA object, mapping or file descriptor is left in the job.
+    ///
+    /// # Errors
+    /// An obstacle (then nothing was moved), a refusal, a time-out, or an interrupt. Follow with [`Driver::recover`].
+    pub(crate) fn release(&mut self) -> Result<()> {
+        let mut catch_ups = 0;
+        loop {
+            if !self.tolerant {
+                self.interrupt.check()?;
+            }
+            match self.lowest() {
+                Some(Phase::Running) => self.close()?,
+                Some(Phase::Closed) => {
+                    if self.newcomers(&mut catch_ups)? == 0 {
+                        self.drain()?;
+                        self.stop()?;
+                    }
+                }
+                Some(Phase::Stopped) => self.settle()?,
+                Some(Phase::Settled) => {
+                    self.step("release", Phase::Settled, &Request::Release)?;
+                }
+                _ => {
+                    if self.newcomers(&mut catch_ups)? == 0 {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes all agents from `Released` to `Running`, on fresh hardware.
+    ///
+    /// # Errors
+    /// A refusal or a time-out. Follow with [`Driver::recover`].
+    pub(crate) fn restore_service(&mut self) -> Result<()> {
+        let mut catch_ups = 0;
+        loop {
+            let request = Request::Rebuild {
+                devices: self.devices.clone(),
+            };
+            self.step("rebuild", Phase::Released, &request)?;
+            if self.newcomers(&mut catch_ups)? == 0 {
+                break;
+            }
+            self.release()?;
+        }
+        let publishers = self.in_phases(&[Phase::Rebuilt, Phase::Connected]);
+        let replies = self.put(&publishers, &Request::Publish)?;
+        let numbers: Vec<_> = replies
+            .into_iter()
+            .filter_map(|(_, reply)| match reply {
+                Reply::Numbers { numbers } => Some(numbers),
+                _ => None,
+            })
+            .collect();
+        self.step("connect", Phase::Rebuilt, &Request::Connect { numbers })?;
+        self.finish()
+    }
+
+    /// After a failure: brings everybody back to `Running`, on the device where they were, or one that fits.
+    ///
+    /// # Errors
+    /// As [`Driver::bring_back`].
+    pub(crate) fn recover(&mut self) -> Result<()> {
+        // The device asked for may be what has failed.
+        self.devices.clear();
+        self.bring_back()
+    }
+
+    /// Brings a job that stands anywhere back to `Running`.
+    ///
+    /// Backwards where nothing was moved yet. Else forwards, with one exception: where some are `Rebuilt` or later, those
+    /// in `Running` have already finished (or have just been started) and are left alone, since taking their
+    /// hardware away would cut the connections of the others.
+    ///
+    /// # Errors
+    /// Some process could not be brought back; the others were.
+    pub(crate) fn bring_back(&mut self) -> Result<()> {
+        self.tolerant = true;
+        self.takeover = true;
+        self.look_around()?;
+        if self.phases.values().any(|phase| *phase > Phase::Closed) {
+            if self.phases.values().any(|phase| *phase >= Phase::Rebuilt) {
+                let claimed_only = self.claimed_only();
+                self.put(&claimed_only, &Request::Resume)?;
+                self.phases.retain(|_, phase| *phase != Phase::Running);
+                self.circle_closed = true;
+            }
+            self.release()?;
+            self.restore_service()?;
+        } else {
+            self.finish()?;
+        }
+        if self.stuck.is_empty() {
+            return Ok(());
+        }
+        let stuck: Vec<_> = self
+            .stuck
+            .iter()
+            .map(|(pid, why)| format!("process {pid}: {why}"))
+            .collect();
+        bail!("could not be brought back: {}", stuck.join("; "))
+    }
+
+    /// Learns where everybody is. Newly found agents take part from here on.
+    fn look_around(&mut self) -> Result<usize> {
+        let mut found = 0;
+        for found_now in self.agents.scan() {
+            let hello = match found_now {
+                Ok(hello) => hello,
+                Err(silent) if self.tolerant => {
+                    self.give_up(silent.pid, silent.why);
+                    continue;
+                }
+                Err(silent) => bail!("process {}: {}", silent.pid, silent.why),
+            };
+            let joins = !self.circle_closed || self.phases.contains_key(&hello.pid);
+            if self.stuck.contains_key(&hello.pid) || !joins {
+                continue;
+            }
+            if let Some(owner) = &hello.session
+                && owner.id == self.session.id
+            {
+                self.claimed.insert(hello.pid);
+            } else if let Some(owner) = &hello.session {
+                if self.agents.is_alive(owner) {
+                    bail!(
+                        "process {} is being driven by another reverbs, process {}: wait until it is done",
+                        hello.pid,
+                        owner.pid
+                    );
+                }
+                if !self.takeover {
+                    bail!(
+                        "process {} was left in phase {:?} by a reverbs that died: run `reverbs resume` first",
+                        hello.pid,
+                        hello.phase
+                    );
+                }
+                self.inherited.insert(hello.pid);
+            } else {
+                // Resumed already, although the answer to that was lost.
+                self.claimed.remove(&hello.pid);
+            }
+            if self.phases.insert(hello.pid, hello.phase).is_none() {
+                found += 1;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Looks for processes that have opened a device since, so that they can catch up.
+    fn newcomers(&mut self, catch_ups: &mut u32) -> Result<usize> {
+        let found = self.look_around()?;
+        if found > 0 {
+            *catch_ups += 1;
+            if *catch_ups > MOST_CATCH_UPS {
+                bail!("processes of the job keep opening RDMA devices; try again later");
+            }
+        }
+        Ok(found)
+    }
+
+    fn lowest(&self) -> Option<Phase> {
+        self.phases.values().min().copied()
+    }
+
+    /// Those that were claimed and never closed: nothing but the claim has to go.
+    fn claimed_only(&self) -> Vec<i32> {
+        let mut running = self.in_phases(&[Phase::Running]);
+        running.retain(|pid| self.claimed.contains(pid) || self.inherited.contains(pid));
+        running
+    }
+
+    fn in_phases(&self, phases: &[Phase]) -> Vec<i32> {
+        self.phases
+            .iter()
+            .filter(|(_, phase)| phases.contains(phase))
+            .map(|(pid, _)| *pid)
+            .collect()
+    }
+
+    fn close(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let targets = self.in_phases(&[Phase::Running]);
+        if !self.tolerant {
+            let mut obstacles = Vec::new();
+            for (pid, reply) in self.put(&targets, &Request::Examine)? {
+                if let Reply::Obstacles { obstacles: found } = reply {
+                    obstacles.extend(
+                        found
+                            .into_iter()
+                            .map(|found| format!("process {pid}: {}", found.what)),
+                    );
+                }
+            }
+            if !obstacles.is_empty() {
+                bail!("cannot be checkpointed: {}", obstacles.join("; "));
+            }
+        }
+        let targets = self.in_phases(&[Phase::Running]);
+        let limit_ms = milliseconds(CLOSE_LIMIT);
+        self.put(&targets, &Request::Close { limit_ms })?;
+        self.say("close", began, targets.len());
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let mut still = 0;
+        let mut before = None;
+        let limit_ms = milliseconds(DRAIN_ROUND);
+        let (outstanding, held) = loop {
+            let targets = self.in_phases(&[Phase::Closed]);
+            let (mut outstanding, mut completions, mut held) = (0, 0, 0);
+            for (_, reply) in self.put(&targets, &Request::Drain { limit_ms })? {
+                if let Reply::Drained { drained } = reply {
+                    outstanding += drained.outstanding_sends;
+                    completions += drained.completions;
+                    held += drained.held_completions;
+                }
+            }
+            still = if completions == 0 && before == Some(outstanding) {
+                still + 1
+            } else {
+                0
+            };
+            before = Some(outstanding);
+            if outstanding == 0 || still >= STILL_ROUNDS || began.elapsed() > DRAIN_LIMIT {
+                break (outstanding, held);
+            }
+        };
+        self.progress.phase(
+            "drain",
+            began,
+            &format!("{held} completions held, {outstanding} sends outstanding"),
+        );
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        let limit_ms = milliseconds(STOP_LIMIT);
+        self.step("stop", Phase::Closed, &Request::Stop { limit_ms })
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let targets = self.in_phases(&[Phase::Stopped]);
+        let responders: Vec<_> = self
+            .put(&targets, &Request::Responders)?
+            .into_iter()
+            .flat_map(|(_, reply)| match reply {
+                Reply::Responders { responders } => responders,
+                _ => Vec::new(),
+            })
+            .collect();
+        let targets = self.in_phases(&[Phase::Stopped]);
+        self.put(&targets, &Request::Settle { responders })?;
+        self.say("settle", began, targets.len());
+        Ok(())
+    }
+
+    /// The last step: everybody who stands where nothing is missing runs again, and the session ends.
+    fn finish(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let mut targets = self.claimed_only();
+        targets.extend(self.in_phases(&[Phase::Closed, Phase::Connected]));
+        self.put(&targets, &Request::Resume)?;
+        self.say("resume", began, targets.len());
+        Ok(())
+    }
+
+    /// Sends one request to all that are in `phase`.
+    fn step(&mut self, name: &str, phase: Phase, request: &Request) -> Result<()> {
+        let began = Instant::now();
+        let targets = self.in_phases(&[phase]);
+        if targets.is_empty() {
+            return Ok(());
+        }
+        self.put(&targets, request)?;
+        self.say(name, began, targets.len());
+        Ok(())
+    }
+
+    fn say(&mut self, name: &str, began: Instant, processes: usize) {
+        self.progress
+            .phase(name, began, &count(processes, "process", "processes"));
+    }
+
+    /// Asks all of `targets` at once, those that are not ours yet after claiming them. Returns what the willing answered.
+    fn put(&mut self, targets: &[i32], request: &Request) -> Result<Vec<(i32, Reply)>> {
+        let unclaimed: Vec<_> = targets
+            .iter()
+            .filter(|pid| !self.claimed.contains(pid))
+            .copied()
+            .collect();
+        if !unclaimed.is_empty() {
+            let begin = Request::Begin {
+                session: self.session.clone(),
+                takeover: self.takeover,
+            };
+            for (pid, _) in self.put_claimed(&unclaimed, &begin)? {
+                self.claimed.insert(pid);
+            }
+        }
+        let willing: Vec<_> = targets
+            .iter()
+            .filter(|pid| self.claimed.contains(pid))
+            .copied()
+            .collect();
+        self.put_claimed(&willing, request)
+    }
+
+    fn put_claimed(&mut self, targets: &[i32], request: &Request) -> Result<Vec<(i32, Reply)>> {
+        let mut answered = Vec::new();
+        let mut failure = None;
+        for (pid, answer) in self.agents.ask(targets, request) {
+            let why = match answer {
+                Ok(Reply::Refused { phase, reason }) => {
+                    self.phases.insert(pid, phase);
+                    if phase == Phase::Running && *request == Request::Resume {
+                        continue;
+                    }
+                    reason
+                }
+                Ok(reply) => {
+                    if let Reply::Done { phase } = reply {
+                        self.phases.insert(pid, phase);
+                        if *request == Request::Resume {
+                            self.claimed.remove(&pid);
+                            self.inherited.remove(&pid);
+                        }
+                    }
+                    answered.push((pid, reply));
+                    continue;
+                }
+                Err(AgentFailure::Ended) => {
+                    self.phases.remove(&pid);
+                    self.claimed.remove(&pid);
+                    self.ended.insert(pid);
+                    self.progress
+                        .note(&format!("process {pid} ended; going on without it"));
+                    continue;
+                }
+                Err(AgentFailure::Broken(why)) => why,
+            };
+            if self.tolerant {
+                self.give_up(pid, why);
+            } else {
+                failure.get_or_insert(anyhow!("process {pid}: {why}"));
+            }
+        }
+        failure.map_or(Ok(answered), Err)
+    }
+
+    /// The others go on without this one.
+    fn give_up(&mut self, pid: i32, why: String) {
+        self.phases.remove(&pid);
+        self.claimed.remove(&pid);
+        self.stuck.insert(pid, why);
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

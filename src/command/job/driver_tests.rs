@@ -1,0 +1,247 @@
+//! The driver against agents that follow the rules of the protocol and note every rule it breaks.
+
+use reverbs::control::message::{Phase, Session};
+
+use super::driver::Driver;
+use super::fake::{FakeAgent, FakeJob, Mishap};
+use crate::command::interrupt::Interrupt;
+use crate::command::progress::Progress;
+
+const PHASES: [Phase; 7] = [
+    Phase::Running,
+    Phase::Closed,
+    Phase::Stopped,
+    Phase::Settled,
+    Phase::Released,
+    Phase::Rebuilt,
+    Phase::Connected,
+];
+
+const STEPS: [&str; 13] = [
+    "begin",
+    "examine",
+    "close",
+    "drain",
+    "stop",
+    "responders",
+    "settle",
+    "release",
+    "rebuild",
+    "publish",
+    "connect",
+    "resume",
+    "resume",
+];
+
+fn session(pid: i32) -> Session {
+    Session {
+        id: format!("of {pid}"),
+        pid,
+    }
+}
+
+fn drive<T>(job: &mut FakeJob, act: impl FnOnce(&mut Driver<'_, FakeJob>) -> T) -> T {
+    let mut progress = Progress::new(true);
+    let mut driver = Driver::new(
+        job,
+        &mut progress,
+        Interrupt::default(),
+        session(1),
+        Vec::new(),
+    );
+    act(&mut driver)
+}
+
+fn cycle(driver: &mut Driver<'_, FakeJob>) -> anyhow::Result<()> {
+    driver.attach()?;
+    driver.release()?;
+    driver.restore_service()
+}
+
+fn assert_all_running(job: &FakeJob, case: &str) {
+    for (pid, agent) in &job.agents {
+        assert_eq!(agent.phase, Phase::Running, "{case}: {pid} {agent:?}");
+        assert_eq!(agent.session, None, "{case}: {pid} is still claimed");
+    }
+}
+
+#[test]
+fn a_cycle_takes_everybody_through_every_phase_once() {
+    let mut job = FakeJob::of(&[Phase::Running; 3]);
+    drive(&mut job, cycle).unwrap();
+    assert_all_running(&job, "cycle");
+    assert_eq!(job.broken_rules, [""; 0]);
+    assert!(job.agents.values().all(|agent| agent.rebuilds == 1));
+    assert_eq!(
+        job.asked,
+        [
+            "begin",
+            "examine",
+            "close",
+            "drain",
+            "stop",
+            "responders",
+            "settle",
+            "release",
+            "rebuild",
+            "publish",
+            "connect",
+            "resume"
+        ]
+    );
+}
+
+#[test]
+fn draining_goes_on_while_there_is_progress_and_stops_when_there_is_none() {
+    for (outstanding, per_round, rounds) in [(5, 1, 5), (0, 1, 1), (4, 2, 2), (3, 0, 3)] {
+        let mut job = FakeJob::of(&[Phase::Running]);
+        let agent = job.agents.get_mut(&100).unwrap();
+        (agent.outstanding, agent.per_round) = (outstanding, per_round);
+        drive(&mut job, cycle).unwrap();
+        let asked = job.asked.iter().filter(|name| **name == "drain").count();
+        assert_eq!(asked, rounds, "{outstanding} by {per_round}");
+    }
+}
+
+#[test]
+fn a_failure_in_any_step_fails_the_cycle_and_leaves_everybody_running() {
+    for step in STEPS {
+        for mishap in [Mishap::Refuses, Mishap::Hangs, Mishap::AnswerLost] {
+            let case = format!("{mishap:?} at {step}");
+            let mut job = FakeJob::of(&[Phase::Running; 3]);
+            job.agents.get_mut(&101).unwrap().mishap = Some((step, mishap));
+            drive(&mut job, |driver| {
+                assert!(cycle(driver).is_err(), "{case}");
+                driver
+                    .recover()
+                    .unwrap_or_else(|error| panic!("{case}: {error:#}"));
+            });
+            assert_all_running(&job, &case);
+            assert_eq!(job.broken_rules, [""; 0], "{case}");
+            if ["begin", "examine", "close", "drain"].contains(&step) {
+                assert!(
+                    job.agents.values().all(|agent| agent.rebuilds == 0),
+                    "{case}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_others_go_on_without_a_process_that_dies() {
+    for step in STEPS {
+        let mut job = FakeJob::of(&[Phase::Running; 3]);
+        job.agents.get_mut(&101).unwrap().mishap = Some((step, Mishap::Dies));
+        drive(&mut job, |driver| {
+            cycle(driver).unwrap_or_else(|error| panic!("{step}: {error:#}"));
+            assert_eq!(driver.ended(), [101], "{step}");
+        });
+        assert_eq!(job.agents.len(), 2);
+        assert_all_running(&job, step);
+        assert_eq!(job.broken_rules, [""; 0], "{step}");
+    }
+}
+
+#[test]
+fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
+    for step in ["close", "stop", "settle", "release", "rebuild", "connect"] {
+        let mut job = FakeJob::of(&[Phase::Running; 3]);
+        job.strict_barriers = false;
+        let agent = job.agents.get_mut(&101).unwrap();
+        agent.mishap = Some((step, Mishap::Refuses));
+        agent.stubborn = true;
+        let error = drive(&mut job, |driver| {
+            assert!(cycle(driver).is_err(), "{step}");
+            driver.recover()
+        });
+        if step == "close" {
+            // Nothing was moved: nobody has to be asked what it refuses.
+            error.unwrap();
+        } else {
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("process 101: told to"), "{step}: {error}");
+        }
+        for pid in [100, 102] {
+            assert_eq!(job.agents[&pid].phase, Phase::Running, "{step}: {pid}");
+        }
+    }
+}
+
+#[test]
+fn a_process_that_opens_a_device_meanwhile_catches_up() {
+    for step in ["close", "stop", "settle", "release", "rebuild"] {
+        let mut job = FakeJob::of(&[Phase::Running; 2]);
+        job.strict_barriers = false;
+        job.appear_after = Some((step, 200, FakeAgent::at(Phase::Running)));
+        drive(&mut job, cycle).unwrap();
+        assert_all_running(&job, step);
+        assert_eq!(job.agents[&200].rebuilds, 1, "{step}");
+        assert_eq!(job.broken_rules, [""; 0], "{step}");
+    }
+}
+
+#[test]
+fn whatever_a_dead_orchestrator_left_is_brought_back() {
+    for first in PHASES {
+        for second in PHASES {
+            for third in PHASES {
+                let phases = [first, second, third];
+                let mut job = FakeJob::of(&phases);
+                job.strict_barriers = false;
+                for agent in job.agents.values_mut() {
+                    // One that it had only claimed, too.
+                    if agent.phase != Phase::Running || third == Phase::Running {
+                        agent.session = Some(session(99));
+                    }
+                }
+                drive(&mut job, |driver| driver.recover())
+                    .unwrap_or_else(|error| panic!("{phases:?}: {error:#}"));
+                assert_all_running(&job, &format!("{phases:?}"));
+                assert_eq!(job.broken_rules, [""; 0], "{phases:?}");
+                let moved = phases.iter().any(|phase| *phase > Phase::Closed);
+                let connected = phases.iter().any(|phase| *phase >= Phase::Rebuilt);
+                for (agent, before) in job.agents.values().zip(phases) {
+                    let rebuilt = moved
+                        && before < Phase::Rebuilt
+                        && !(connected && before == Phase::Running);
+                    assert_eq!(agent.rebuilds, u64::from(rebuilt), "{phases:?} {before:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_job_with_a_living_orchestrator_is_left_alone() {
+    let mut job = FakeJob::of(&[Phase::Closed, Phase::Running]);
+    job.agents.get_mut(&100).unwrap().session = Some(session(99));
+    job.alive = vec![99];
+    for act in [cycle, |driver: &mut Driver<'_, FakeJob>| driver.recover()] {
+        let error = drive(&mut job, act).unwrap_err().to_string();
+        assert!(error.contains("process 99"), "{error}");
+        assert_eq!(job.asked, [""; 0]);
+    }
+}
+
+#[test]
+fn a_job_left_half_way_is_refused_with_the_remedy() {
+    let mut job = FakeJob::of(&[Phase::Running, Phase::Stopped]);
+    job.agents.get_mut(&101).unwrap().session = Some(session(99));
+    let error = drive(&mut job, cycle).unwrap_err().to_string();
+    assert!(error.contains("reverbs resume"), "{error}");
+    assert_eq!(job.asked, [""; 0]);
+}
+
+#[test]
+fn an_interrupt_before_anything_was_moved_takes_it_back() {
+    let mut job = FakeJob::of(&[Phase::Running; 2]);
+    let mut progress = Progress::new(true);
+    let interrupt = Interrupt::default();
+    interrupt.raise();
+    let mut driver = Driver::new(&mut job, &mut progress, interrupt, session(1), Vec::new());
+    driver.attach().unwrap();
+    assert!(driver.release().is_err());
+    driver.recover().unwrap();
+    assert_all_running(&job, "interrupt");
+}

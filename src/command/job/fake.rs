@@ -1,0 +1,261 @@
+//! Agents without processes: they follow the rules of `reverbs::control::message` and keep a list of every rule that
+//! the driver broke.
+
+use std::collections::BTreeMap;
+
+use reverbs::control::message::{
+    DrainReport, Phase, ProcessNumbers, Reply, Request, ResponderState, Session,
+};
+
+use super::agents::{AgentFailure, Agents, Hello, Unreachable};
+
+/// What happens to an agent when it is asked a certain thing for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mishap {
+    Refuses,
+    /// Does not do it and does not answer.
+    Hangs,
+    /// Does it, and the answer is lost.
+    AnswerLost,
+    Dies,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct FakeAgent {
+    pub(super) phase: Phase,
+    pub(super) session: Option<Session>,
+    pub(super) mishap: Option<(&'static str, Mishap)>,
+    /// Refuses for ever what the mishap names.
+    pub(super) stubborn: bool,
+    /// Sends outstanding when closed, and how many complete in each round of draining.
+    pub(super) outstanding: u64,
+    pub(super) per_round: u64,
+    pub(super) rebuilds: u64,
+    pub(super) resumed: u64,
+}
+
+impl FakeAgent {
+    pub(super) fn at(phase: Phase) -> Self {
+        Self {
+            phase,
+            session: None,
+            mishap: None,
+            stubborn: false,
+            outstanding: 0,
+            per_round: 1,
+            rebuilds: 0,
+            resumed: 0,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct FakeJob {
+    pub(super) agents: BTreeMap<i32, FakeAgent>,
+    /// Agents that appear when the named request has been answered by all.
+    pub(super) appear_after: Option<(&'static str, i32, FakeAgent)>,
+    /// Process ids of orchestrators that live.
+    pub(super) alive: Vec<i32>,
+    pub(super) asked: Vec<&'static str>,
+    pub(super) broken_rules: Vec<String>,
+    /// Whether agents in phases far from each other are a broken rule: not where a test set them up so.
+    pub(super) strict_barriers: bool,
+}
+
+impl FakeJob {
+    pub(super) fn of(phases: &[Phase]) -> Self {
+        Self {
+            agents: (100..)
+                .zip(phases)
+                .map(|(pid, phase)| (pid, FakeAgent::at(*phase)))
+                .collect(),
+            strict_barriers: true,
+            ..Self::default()
+        }
+    }
+
+    /// Everybody must have passed `phase` before anybody goes on from there.
+    fn check_barrier(&mut self, name: &str, phase: Phase) {
+        for (pid, agent) in &self.agents {
+            if self.strict_barriers && agent.phase < phase {
+                let at = agent.phase;
+                self.broken_rules
+                    .push(format!("{name} while {pid} is {at:?}"));
+            }
+        }
+    }
+
+    fn answer(&mut self, pid: i32, request: &Request) -> Result<Reply, AgentFailure> {
+        let name = name(request);
+        let Some(agent) = self.agents.get_mut(&pid) else {
+            return Err(AgentFailure::Ended);
+        };
+        let mishap = agent.mishap.filter(|(at, _)| *at == name);
+        if mishap.is_some() && !agent.stubborn {
+            agent.mishap = None;
+        }
+        match mishap.map(|(_, what)| what) {
+            Some(Mishap::Refuses) => {
+                return Ok(Reply::Refused {
+                    phase: agent.phase,
+                    reason: "told to".into(),
+                });
+            }
+            Some(Mishap::Hangs) => return Err(AgentFailure::Broken("told to".into())),
+            Some(Mishap::Dies) => {
+                self.agents.remove(&pid);
+                return Err(AgentFailure::Ended);
+            }
+            Some(Mishap::AnswerLost) => {
+                agent.carry_out(request);
+                return Err(AgentFailure::Broken("lost".into()));
+            }
+            None => {}
+        }
+        let reply = agent.carry_out(request);
+        if let Reply::Refused { reason, .. } = &reply {
+            self.broken_rules
+                .push(format!("{name} refused by {pid}: {reason}"));
+        }
+        Ok(reply)
+    }
+}
+
+impl FakeAgent {
+    fn carry_out(&mut self, request: &Request) -> Reply {
+        let (from, to) = match request {
+            Request::Begin { session, takeover } => {
+                if self.session.is_some() && !takeover {
+                    return self.refuse("owned");
+                }
+                self.session = Some(session.clone());
+                return Reply::Done { phase: self.phase };
+            }
+            _ if self.session.is_none() => return self.refuse("no session"),
+            Request::Examine if self.phase <= Phase::Closed => {
+                return Reply::Obstacles { obstacles: vec![] };
+            }
+            Request::Drain { .. } if self.phase == Phase::Closed => {
+                let done = self.outstanding.min(self.per_round);
+                self.outstanding -= done;
+                return Reply::Drained {
+                    drained: DrainReport {
+                        outstanding_sends: self.outstanding,
+                        completions: done,
+                        held_completions: 0,
+                    },
+                };
+            }
+            Request::Responders if self.phase == Phase::Stopped => {
+                return Reply::Responders {
+                    responders: Vec::<ResponderState>::new(),
+                };
+            }
+            Request::Publish if self.phase >= Phase::Rebuilt => {
+                return Reply::Numbers {
+                    numbers: ProcessNumbers {
+                        pid: 0,
+                        contexts: vec![],
+                    },
+                };
+            }
+            Request::Resume if matches!(self.phase, Phase::Running | Phase::Closed) => {
+                (self.phase, Phase::Running)
+            }
+            Request::Close { .. } => (Phase::Running, Phase::Closed),
+            Request::Stop { .. } => (Phase::Closed, Phase::Stopped),
+            Request::Settle { .. } => (Phase::Stopped, Phase::Settled),
+            Request::Release => (Phase::Settled, Phase::Released),
+            Request::Rebuild { .. } => (Phase::Released, Phase::Rebuilt),
+            Request::Connect { .. } => (Phase::Rebuilt, Phase::Connected),
+            Request::Resume => (Phase::Connected, Phase::Running),
+            _ => return self.refuse("not in this phase"),
+        };
+        if self.phase != from {
+            return self.refuse("not in this phase");
+        }
+        self.phase = to;
+        match request {
+            Request::Rebuild { .. } => self.rebuilds += 1,
+            Request::Resume => {
+                self.session = None;
+                self.resumed += 1;
+            }
+            _ => {}
+        }
+        Reply::Done { phase: to }
+    }
+
+    fn refuse(&self, reason: &str) -> Reply {
+        Reply::Refused {
+            phase: self.phase,
+            reason: format!("{reason} ({:?})", self.phase),
+        }
+    }
+}
+
+impl Agents for FakeJob {
+    fn scan(&mut self) -> Vec<Result<Hello, Unreachable>> {
+        self.agents
+            .iter()
+            .map(|(pid, agent)| {
+                Ok(Hello {
+                    pid: *pid,
+                    phase: agent.phase,
+                    session: agent.session.clone(),
+                })
+            })
+            .collect()
+    }
+
+    fn ask(
+        &mut self,
+        targets: &[i32],
+        request: &Request,
+    ) -> Vec<(i32, Result<Reply, AgentFailure>)> {
+        if targets.is_empty() {
+            return Vec::new();
+        }
+        let name = name(request);
+        self.asked.push(name);
+        match request {
+            Request::Stop { .. } => self.check_barrier(name, Phase::Closed),
+            Request::Responders => self.check_barrier(name, Phase::Stopped),
+            Request::Release => self.check_barrier(name, Phase::Settled),
+            Request::Rebuild { .. } => self.check_barrier(name, Phase::Released),
+            Request::Connect { .. } => self.check_barrier(name, Phase::Rebuilt),
+            _ => {}
+        }
+        let answers = targets
+            .iter()
+            .map(|pid| (*pid, self.answer(*pid, request)))
+            .collect();
+        if let Some((_, pid, agent)) = self.appear_after.take_if(|(after, ..)| *after == name) {
+            self.agents.insert(pid, agent);
+        }
+        answers
+    }
+
+    fn is_alive(&self, session: &Session) -> bool {
+        self.alive.contains(&session.pid)
+    }
+}
+
+fn name(request: &Request) -> &'static str {
+    match request {
+        Request::Hello { .. } => "hello",
+        Request::Begin { .. } => "begin",
+        Request::Examine => "examine",
+        Request::Close { .. } => "close",
+        Request::Drain { .. } => "drain",
+        Request::Stop { .. } => "stop",
+        Request::Responders => "responders",
+        Request::Settle { .. } => "settle",
+        Request::Release => "release",
+        Request::Rebuild { .. } => "rebuild",
+        Request::Publish => "publish",
+        Request::Connect { .. } => "connect",
+        Request::Resume => "resume",
+        Request::Status => "status",
+    }
+}

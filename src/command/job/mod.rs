@@ -1,0 +1,31 @@
+//! A job: the processes of one tree, the agents inside them, and the way through the phases.
+
+mod agents;
+mod driver;
+#[cfg(test)]
+mod driver_tests;
+#[cfg(test)]
+mod fake;
+mod lock;
+mod tree;
+
+pub(crate) use agents::{SocketAgents, ask_once, listening};
+pub(crate) use driver::Driver;
+pub(crate) use lock::JobLock;
+pub(crate) use tree::{ProcessTree, root_of};
+
+use reverbs::control::message::Session;
+
+/// A claim that no other orchestrator can make by accident.
+///
+/// # Errors
+/// The kernel gives no random bytes.
+pub(crate) fn new_session() -> anyhow::Result<Session> {
+    let mut bytes = [0; 16];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    anyhow::ensure!(filled == bytes.len(), "too few random bytes");
+    Ok(Session {
+        id: format!("{:032x}", u128::from_ne_bytes(bytes)),
+        pid: std::process::id().cast_signed(),
+    })
+}

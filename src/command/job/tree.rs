@@ -1,0 +1,166 @@
+//! The process tree of a job, from /proc.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result, bail};
+use procfs::process::{Process, Stat};
+
+/// One process of the tree.
+#[derive(Clone, Debug)]
+pub(crate) struct Member {
+    pub(crate) pid: i32,
+    pub(crate) parent: i32,
+    pub(crate) group: i32,
+    pub(crate) session: i32,
+    /// Device number of the controlling terminal, 0 for none.
+    pub(crate) terminal: i32,
+    pub(crate) zombie: bool,
+    /// Effective user.
+    pub(crate) user: u32,
+    /// The name of the thread group leader, as `ps -o comm` shows it.
+    pub(crate) name: String,
+    /// Threads, for the image's manifest.
+    pub(crate) threads: i64,
+}
+
+/// A root and all its descendants.
+#[derive(Clone, Debug)]
+pub(crate) struct ProcessTree {
+    pub(crate) root: i32,
+    /// The root first, parents before children.
+    pub(crate) members: Vec<Member>,
+}
+
+impl ProcessTree {
+    /// # Errors
+    /// There is no process `root`, or /proc cannot be read.
+    pub(crate) fn of(root: i32) -> Result<Self> {
+        let mut children: BTreeMap<i32, BTreeSet<i32>> = BTreeMap::new();
+        let mut stats: BTreeMap<i32, (Stat, u32)> = BTreeMap::new();
+        for process in procfs::process::all_processes().context("cannot read /proc")? {
+            // Whoever ends meanwhile is not part of the tree any more.
+            let Ok(process) = process else { continue };
+            let (Ok(stat), Ok(user)) = (process.stat(), process.uid()) else {
+                continue;
+            };
+            children.entry(stat.ppid).or_default().insert(stat.pid);
+            stats.insert(stat.pid, (stat, user));
+        }
+        let mut members = Vec::new();
+        let mut next = vec![root];
+        while let Some(pid) = next.pop() {
+            let Some((stat, user)) = stats.remove(&pid) else {
+                continue;
+            };
+            next.extend(children.get(&pid).into_iter().flatten());
+            members.push(Member {
+                pid,
+                parent: stat.ppid,
+                group: stat.pgrp,
+                session: stat.session,
+                terminal: stat.tty_nr,
+                zombie: stat.state == 'Z',
+                user,
+                name: stat.comm,
+                threads: stat.num_threads,
+            });
+        }
+        match members.first() {
+            None => bail!("there is no process {root}"),
+            Some(member) if member.zombie => bail!("process {root} has ended"),
+            Some(_) => Ok(Self { root, members }),
+        }
+    }
+
+    pub(crate) fn pids(&self) -> Vec<i32> {
+        self.members.iter().map(|member| member.pid).collect()
+    }
+
+    /// # Errors
+    /// A process of the tree belongs to another user.
+    pub(crate) fn require_user(&self) -> Result<()> {
+        let us = rustix::process::geteuid().as_raw();
+        match self.members.iter().find(|member| member.user != us) {
+            Some(other) => bail!(
+                "process {} ({}) belongs to user {}, and this command runs as user {us}: run it as the owner of the job",
+                other.pid,
+                other.name,
+                other.user
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The root of a job, from what a person calls its process id: that of `reverbs run` stands for the one process it started.
+///
+/// # Errors
+/// There is no such process.
+pub(crate) fn root_of(pid: i32) -> Result<i32> {
+    if pid <= 1 {
+        bail!("process {pid} cannot be the root of a job");
+    }
+    let process = Process::new(pid).map_err(|_| anyhow::anyhow!("there is no process {pid}"))?;
+    let arguments = process.cmdline().unwrap_or_default();
+    if is_reverbs(pid) && arguments.iter().any(|argument| argument == "run") {
+        let tree = ProcessTree::of(pid)?;
+        let mut children = tree.members.iter().filter(|member| member.parent == pid);
+        if let (Some(child), None) = (children.next(), children.next()) {
+            return Ok(child.pid);
+        }
+    }
+    Ok(pid)
+}
+
+/// Whether the process is another instance of this command.
+pub(crate) fn is_reverbs(pid: i32) -> bool {
+    let executable = |path: &str| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    match (
+        executable(&format!("/proc/{pid}/exe")),
+        executable("/proc/self/exe"),
+    ) {
+        (Ok(theirs), Ok(ours)) if theirs == ours => state(pid) != Some('Z'),
+        // Another installed version, or one whose file was replaced meanwhile.
+        _ => Process::new(pid)
+            .and_then(|process| process.stat())
+            .is_ok_and(|stat| stat.comm == "reverbs" && stat.state != 'Z'),
+    }
+}
+
+/// The state letter of /proc/PID/stat.
+pub(crate) fn state(pid: i32) -> Option<char> {
+    Some(Process::new(pid).ok()?.stat().ok()?.state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ProcessTree;
+
+    #[test]
+    fn a_tree_has_its_descendants_and_not_its_parent() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "sleep 60 & echo ready; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        let root = child.id().cast_signed();
+        let tree = ProcessTree::of(root).unwrap();
+        assert_eq!(tree.members.len(), 2, "{tree:?}");
+        assert_eq!(tree.members[0].pid, root);
+        assert_eq!(tree.members[1].name, "sleep");
+        tree.require_user().unwrap();
+        for pid in tree.pids() {
+            rustix::process::kill_process(
+                rustix::process::Pid::from_raw(pid).unwrap(),
+                rustix::process::Signal::KILL,
+            )
+            .unwrap();
+        }
+        // A zombie is not a job.
+        assert!(ProcessTree::of(root).is_err());
+        child.wait().unwrap();
+    }
+}

@@ -1,0 +1,38 @@
+//! What the `reverbs` command does, one module for each subcommand, over `job` (processes, agents, phases), `image`
+//! (what a checkpoint leaves on disk), `files` (what CRIU does not carry) and `criu`.
+
+mod cli;
+mod cycle;
+mod interrupt;
+mod job;
+mod progress;
+mod resume;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+/// Exit status of everything that failed but a command line that could not be read (2, clap's).
+const FAILED: u8 = 1;
+
+/// Runs the command line and gives its exit status: 0 if all of what was asked happened.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("REVERBS_LOG"))
+        .init();
+    let outcome = match cli.command {
+        Command::Cycle(options) => cycle::cycle(&options, cli.quiet),
+        Command::Resume(options) => resume::resume(&options, cli.quiet),
+        Command::Status(options) => status::status(&options),
+    };
+    outcome.unwrap_or_else(|error| {
+        // One line: tools and people look for it.
+        eprintln!("reverbs: {error:#}");
+        ExitCode::from(FAILED)
+    })
+}
