@@ -4,6 +4,7 @@
 //! `rdma-facts [--tree FOLDER] [PID...]`; with `--tree` each device's sysfs folder is copied.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use kmod_compat::fds::{self, Process};
@@ -31,7 +32,9 @@ fn main() -> Result<()> {
         if let Some(driver) = device.driver {
             println!("  driver {driver}");
         }
+        let start = Instant::now();
         let facts = ports::read_device(&sysfs, &device.name)?;
+        println!("  ports read in {:?}", start.elapsed());
         for port in &facts.ports {
             let used: Vec<_> = port
                 .gids
@@ -52,8 +55,9 @@ fn main() -> Result<()> {
             }
         }
         if let Some(folder) = &tree {
+            let start = Instant::now();
             let path = sysfs_tree::write(folder, &facts, sysfs_tree::host_has_interface)?;
-            println!("  copied to {}", path.display());
+            println!("  copied to {} in {:?}", path.display(), start.elapsed());
         }
     }
     for pid in arguments {
@@ -68,6 +72,8 @@ fn main() -> Result<()> {
         for object in &holdings.unattributed {
             println!("  may own {object}");
         }
+        let live = restrack::live_connection_ids(&mut connection, &sysfs, pid)?;
+        println!("  live connection ids: {}", live.len());
         for descriptor in fds::rdma_descriptors(&sysfs, Process::Id(pid))? {
             println!("  fd {descriptor:?}");
         }

@@ -30,12 +30,17 @@ const DUMP_ATTEMPTS: u32 = 4;
 pub(crate) mod attribute {
     pub(crate) const DEVICE_INDEX: u16 = 1;
     pub(crate) const DEVICE_NAME: u16 = 2;
+    pub(crate) const QP_TABLE: u16 = 19;
     pub(crate) const LOCAL_QPN: u16 = 21;
     pub(crate) const STATE: u16 = 27;
     pub(crate) const PID: u16 = 28;
     pub(crate) const KERNEL_NAME: u16 = 29;
+    pub(crate) const CM_ID_TABLE: u16 = 30;
     pub(crate) const SOURCE_ADDRESS: u16 = 33;
     pub(crate) const DESTINATION_ADDRESS: u16 = 34;
+    pub(crate) const CQ_TABLE: u16 = 35;
+    pub(crate) const MR_TABLE: u16 = 40;
+    pub(crate) const PD_TABLE: u16 = 46;
     pub(crate) const PD_NUMBER: u16 = 60;
     pub(crate) const CQ_NUMBER: u16 = 61;
     pub(crate) const MR_NUMBER: u16 = 62;
@@ -43,6 +48,8 @@ pub(crate) mod attribute {
     pub(crate) const CONTEXT_NUMBER: u16 = 64;
     pub(crate) const CHARDEV_TYPE: u16 = 69;
     pub(crate) const UVERBS_DRIVER_ID: u16 = 73;
+    pub(crate) const CONTEXT_TABLE: u16 = 86;
+    pub(crate) const SRQ_TABLE: u16 = 88;
     pub(crate) const SRQ_NUMBER: u16 = 90;
 }
 
@@ -358,6 +365,8 @@ fn push_attribute(buffer: &mut Vec<u8>, number: u16, value: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
 
     #[test]
@@ -402,6 +411,95 @@ mod tests {
             assert!(
                 Attributes(&buffer[..length]).iter().count() <= 1,
                 "length {length}"
+            );
+        }
+    }
+
+    /// Values of an enumeration in a C header, by name.
+    fn enumeration(header: &str, name: &str) -> HashMap<String, u16> {
+        let start = header.find(&format!("enum {name} {{")).expect(name);
+        let body = &header[start..];
+        let body = &body[body.find('{').unwrap() + 1..body.find("};").unwrap()];
+        let mut values = HashMap::new();
+        let mut next = 0;
+        // Comments hold no code; what stands before one ends with a comma.
+        let code: String = body
+            .split("/*")
+            .map(|part| part.rsplit("*/").next().unwrap())
+            .collect();
+        for item in code
+            .split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty())
+        {
+            let (name, value) = match item.split_once('=') {
+                None => (item, next),
+                Some((name, value)) => {
+                    let value = value.trim();
+                    (name.trim(), value.parse().unwrap_or_else(|_| values[value]))
+                }
+            };
+            values.insert(name.to_owned(), value);
+            next = value + 1;
+        }
+        values
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_installed_header() {
+        const HEADER: &str = "/usr/include/rdma/rdma_netlink.h";
+        let Ok(header) = std::fs::read_to_string(HEADER) else {
+            eprintln!("skipped: no {HEADER} (package linux-libc-dev)");
+            return;
+        };
+        let attributes = enumeration(&header, "rdma_nldev_attr");
+        for (name, number) in [
+            ("DEV_INDEX", attribute::DEVICE_INDEX),
+            ("DEV_NAME", attribute::DEVICE_NAME),
+            ("RES_QP", attribute::QP_TABLE),
+            ("RES_LQPN", attribute::LOCAL_QPN),
+            ("RES_STATE", attribute::STATE),
+            ("RES_PID", attribute::PID),
+            ("RES_KERN_NAME", attribute::KERNEL_NAME),
+            ("RES_CM_ID", attribute::CM_ID_TABLE),
+            ("RES_SRC_ADDR", attribute::SOURCE_ADDRESS),
+            ("RES_DST_ADDR", attribute::DESTINATION_ADDRESS),
+            ("RES_CQ", attribute::CQ_TABLE),
+            ("RES_MR", attribute::MR_TABLE),
+            ("RES_PD", attribute::PD_TABLE),
+            ("RES_PDN", attribute::PD_NUMBER),
+            ("RES_CQN", attribute::CQ_NUMBER),
+            ("RES_MRN", attribute::MR_NUMBER),
+            ("RES_CM_IDN", attribute::CM_ID_NUMBER),
+            ("RES_CTXN", attribute::CONTEXT_NUMBER),
+            ("CHARDEV_TYPE", attribute::CHARDEV_TYPE),
+            ("UVERBS_DRIVER_ID", attribute::UVERBS_DRIVER_ID),
+            ("RES_CTX", attribute::CONTEXT_TABLE),
+            ("RES_SRQ", attribute::SRQ_TABLE),
+            ("RES_SRQN", attribute::SRQ_NUMBER),
+        ] {
+            assert_eq!(
+                attributes[&format!("RDMA_NLDEV_ATTR_{name}")],
+                number,
+                "{name}"
+            );
+        }
+        let commands = enumeration(&header, "rdma_nldev_command");
+        for (name, command) in [
+            ("GET", Command::DeviceGet),
+            ("RES_QP_GET", Command::QueuePairs),
+            ("RES_CM_ID_GET", Command::ConnectionIds),
+            ("RES_CQ_GET", Command::CompletionQueues),
+            ("RES_MR_GET", Command::MemoryRegions),
+            ("RES_PD_GET", Command::ProtectionDomains),
+            ("GET_CHARDEV", Command::CharacterDevice),
+            ("RES_CTX_GET", Command::Contexts),
+            ("RES_SRQ_GET", Command::SharedReceiveQueues),
+        ] {
+            assert_eq!(
+                commands[&format!("RDMA_NLDEV_CMD_{name}")],
+                command as u16,
+                "{name}"
             );
         }
     }

@@ -72,6 +72,13 @@ pub struct GidEntry {
     pub network_interface: Option<String>,
 }
 
+impl GidEntry {
+    /// Whether the entry holds no address.
+    pub fn is_empty(&self) -> bool {
+        self.gid.is_zero() && self.gid_type.is_none() && self.network_interface.is_none()
+    }
+}
+
 /// A 128-bit port address, in network byte order.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -297,8 +304,17 @@ fn read_gids(folder: &Path) -> Result<Vec<GidEntry>, SysfsError> {
     let attributes = folder.join("gid_attrs");
     let mut entries = Vec::new();
     for index in table_indexes(&gids)? {
-        let gid = sysfs::read_parsed(&gids.join(&index), "a GID", |text| text.parse().ok())?;
-        // Both attributes answer EINVAL for an empty entry.
+        let gid: Gid = sysfs::read_parsed(&gids.join(&index), "a GID", |text| text.parse().ok())?;
+        // Empty entries have neither a type nor an interface. They are nearly all of the table,
+        // and each question to sysfs costs.
+        if gid.is_zero() {
+            entries.push(GidEntry {
+                gid,
+                gid_type: None,
+                network_interface: None,
+            });
+            continue;
+        }
         let type_path = attributes.join("types").join(&index);
         let gid_type = match sysfs::read_optional_text(&type_path)? {
             None => None,

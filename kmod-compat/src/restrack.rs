@@ -9,7 +9,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::devices;
+use crate::fds::{self, DescriptorKind, FdError, Process};
 use crate::netlink::{Attributes, Command, Connection, NetlinkError, attribute};
+use crate::sysfs::Sysfs;
 
 /// A kind of object that the kernel tracks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,6 +66,19 @@ impl ObjectKind {
             Self::MemoryRegion => Command::MemoryRegions,
             Self::QueuePair => Command::QueuePairs,
             Self::ConnectionId => Command::ConnectionIds,
+        }
+    }
+
+    /// The attribute that wraps the answer to a listing command.
+    fn table_attribute(self) -> u16 {
+        match self {
+            Self::Context => attribute::CONTEXT_TABLE,
+            Self::ProtectionDomain => attribute::PD_TABLE,
+            Self::CompletionQueue => attribute::CQ_TABLE,
+            Self::SharedReceiveQueue => attribute::SRQ_TABLE,
+            Self::MemoryRegion => attribute::MR_TABLE,
+            Self::QueuePair => attribute::QP_TABLE,
+            Self::ConnectionId => attribute::CM_ID_TABLE,
         }
     }
 
@@ -209,6 +224,9 @@ pub enum RestrackError {
     /// The kernel could not be asked.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
+    /// The process's descriptors could not be listed.
+    #[error(transparent)]
+    Descriptors(#[from] FdError),
     /// The process is gone or hidden.
     #[error("cannot list the threads of process {pid}; does it still run?")]
     Threads {
@@ -231,7 +249,7 @@ pub fn list(
     for (index, device) in devices::indexes(connection)? {
         for kind in kinds {
             for answer in connection.dump(kind.command(), Some(index))? {
-                let table = answer.attributes().nested(table_attribute(*kind));
+                let table = answer.attributes().nested(kind.table_attribute());
                 let entries = table.into_iter().flat_map(Attributes::entries);
                 objects.extend(entries.map(|entry| Object::parse(*kind, &device, entry)));
             }
@@ -259,6 +277,33 @@ pub fn holdings(
     Ok(attribute_objects(objects, &threads))
 }
 
+/// The connection ids that process `pid` has or may have: those of its threads, and, if it holds
+/// a descriptor of the connection manager, those without an owner.
+///
+/// Empty means that the process's descriptors of the connection manager are idle and can be let
+/// go, but for ids that are not bound to a device (see [`holdings`]).
+///
+/// # Errors
+/// When the kernel cannot be asked, or the process is gone or belongs to somebody else.
+pub fn live_connection_ids(
+    connection: &mut Connection,
+    sysfs: &Sysfs,
+    pid: u32,
+) -> Result<Vec<Object>, RestrackError> {
+    let Holdings {
+        mut owned,
+        unattributed,
+    } = holdings(connection, pid, &[ObjectKind::ConnectionId])?;
+    if !unattributed.is_empty()
+        && fds::rdma_descriptors(sysfs, Process::Id(pid))?
+            .iter()
+            .any(|descriptor| descriptor.kind == DescriptorKind::ConnectionManager)
+    {
+        owned.extend(unattributed);
+    }
+    Ok(owned)
+}
+
 fn attribute_objects(objects: Vec<Object>, threads: &[u32]) -> Holdings {
     let mut holdings = Holdings::default();
     for object in objects {
@@ -283,19 +328,6 @@ fn threads_of(pid: u32) -> io::Result<Vec<u32>> {
         }
     }
     Ok(threads)
-}
-
-/// The attribute that wraps the answer to a listing command.
-fn table_attribute(kind: ObjectKind) -> u16 {
-    match kind {
-        ObjectKind::QueuePair => 19,
-        ObjectKind::ConnectionId => 30,
-        ObjectKind::CompletionQueue => 35,
-        ObjectKind::MemoryRegion => 40,
-        ObjectKind::ProtectionDomain => 46,
-        ObjectKind::Context => 86,
-        ObjectKind::SharedReceiveQueue => 88,
-    }
 }
 
 /// An IPv4 or IPv6 `sockaddr_storage`; `None` for other families and unset addresses.

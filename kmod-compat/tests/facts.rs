@@ -270,6 +270,15 @@ fn every_gid_entry_has_a_type_or_libibverbs_drops_the_table() {
         );
         assert!(text.len() <= 11);
     }
+    // The empty ones share their files, the others do not.
+    let inode = |index: u32| {
+        fs::metadata(path.join(format!("ports/1/gids/{index}")))
+            .unwrap()
+            .ino()
+    };
+    assert_eq!(inode(2), inode(7));
+    assert_ne!(inode(0), inode(1));
+    assert_ne!(inode(1), inode(2));
 }
 
 #[test]
