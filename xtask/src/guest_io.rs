@@ -126,10 +126,10 @@ impl Sink {
         }
     }
 
-    /// Keeps them all.
-    pub fn keep() -> Sink {
+    /// Keeps them all, and passes them on if asked.
+    pub fn keep(through: Option<Box<dyn Write + Send>>) -> Sink {
         Sink {
-            through: None,
+            through,
             kept: Vec::new(),
             limit: usize::MAX,
         }

@@ -6,4 +6,7 @@ pub mod initramfs;
 pub mod kernel;
 pub mod paths;
 pub mod setup;
+pub mod stage;
+pub mod test;
+pub mod test_plan;
 pub mod vm;

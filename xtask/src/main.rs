@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
-use xtask::setup;
 use xtask::vm::{self, Device, Machine};
+use xtask::{setup, stage, test};
 
 /// Tasks of the reverbs project.
 #[derive(Parser)]
@@ -28,6 +28,20 @@ enum Task {
     /// root file system, with Soft-RoCE devices. What the command writes is lost at power-off,
     /// save in the share (/mnt/share). 124 means that the time was over.
     Vm(VmArgs),
+    /// Build the release artifacts and lay out what a package would install
+    Stage {
+        /// Where to: DIR/bin, DIR/lib, DIR/etc
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
+    /// Run all tests, on the host and in the test machine
+    Test {
+        /// Also those that take long
+        #[arg(long)]
+        long: bool,
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
 }
 
 #[derive(Args)]
@@ -70,6 +84,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Setup => setup::ensure().map(|()| ExitCode::SUCCESS),
         Task::Vm(arguments) => run_in_machine(&arguments),
+        Task::Stage { folder } => stage::stage(&folder).map(|()| ExitCode::SUCCESS),
+        Task::Test { long, filter } => test::run(long, filter.as_deref()).map(status_of),
     };
     done.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
@@ -111,6 +127,14 @@ fn run_in_machine(arguments: &VmArgs) -> Result<ExitCode> {
         );
     }
     Ok(ExitCode::from(outcome.status()))
+}
+
+fn status_of(count: test::Count) -> ExitCode {
+    if count.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn devices_of(texts: &[String]) -> Result<Vec<Device>> {

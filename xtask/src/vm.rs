@@ -78,6 +78,8 @@ pub enum Output {
     Inherit,
     /// Into [`Outcome::stdout`] and [`Outcome::stderr`].
     Capture,
+    /// Both.
+    Both,
 }
 
 /// How a run ended.
@@ -99,9 +101,9 @@ pub struct Outcome {
     pub boot: Option<Duration>,
     /// From the start of QEMU to its end.
     pub total: Duration,
-    /// Filled with [`Output::Capture`].
+    /// Empty with [`Output::Inherit`].
     pub stdout: Vec<u8>,
-    /// Filled with [`Output::Capture`].
+    /// Empty with [`Output::Inherit`].
     pub stderr: Vec<u8>,
 }
 
@@ -377,7 +379,8 @@ impl Machine {
     fn sink(&self, inherited: impl Write + Send + 'static) -> Sink {
         match self.output {
             Output::Inherit => Sink::through(inherited),
-            Output::Capture => Sink::keep(),
+            Output::Capture => Sink::keep(None),
+            Output::Both => Sink::keep(Some(Box::new(inherited))),
         }
     }
 }

@@ -1,0 +1,206 @@
+//! `cargo xtask test`: the tests of the host, then those of the test machine.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::stage::{self, cargo};
+use crate::test_plan::{RUNS, Run};
+use crate::vm::{self, Machine, Output};
+use crate::{command, paths, setup};
+
+/// Passed and failed tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Tests that passed.
+    pub passed: u64,
+    /// Tests that failed, and runs that broke off.
+    pub failed: u64,
+}
+
+impl Count {
+    const ONE_FAILED: Count = Count {
+        passed: 0,
+        failed: 1,
+    };
+
+    fn add(&mut self, other: Count) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+/// Runs everything (`long`: also what takes long) whose name contains `filter`. The sum is the
+/// last line on stdout.
+///
+/// # Errors
+/// When packages are missing, the provider cannot be built, or stdout is closed. Failed tests
+/// are no error: they are in the count.
+pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
+    setup::ensure()?;
+    let mut count = host_tests(filter)?;
+    let guest = Guest::prepare()?;
+    for run in RUNS.iter().filter(|run| long || !run.long) {
+        if let Some(cases) = guest.cases(run, filter)? {
+            count.add(guest.run(run, &cases)?);
+        }
+    }
+    let Count { passed, failed } = count;
+    writeln!(std::io::stdout(), "{passed} passed, {failed} failed")?;
+    Ok(count)
+}
+
+fn host_tests(filter: Option<&str>) -> Result<Count> {
+    heading("tests on the host");
+    let mut child = cargo()
+        .args(["test", "--workspace", "--no-fail-fast"])
+        .args(filter)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let stream = child.stdout.take().context("cargo has no stdout")?;
+    let mut count = Count::default();
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        writeln!(std::io::stdout(), "{line}")?;
+        if let Some(result) = line.strip_prefix("test result: ") {
+            count.add(parse_count(result).context("cargo test speaks another language now")?);
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() && count.failed == 0 {
+        // It did not compile, or a test program died.
+        count.add(Count::ONE_FAILED);
+    }
+    Ok(count)
+}
+
+/// What the runs in the machine need, built on the host: compiling is slow in there.
+struct Guest {
+    runner: PathBuf,
+    stage: PathBuf,
+    programs: PathBuf,
+}
+
+impl Guest {
+    fn prepare() -> Result<Guest> {
+        heading("building what the test machine runs");
+        let target = paths::target()?;
+        let guest = Guest {
+            runner: target.join("debug/guest-tests"),
+            stage: target.join("stage"),
+            programs: target.join("test-programs"),
+        };
+        stage::stage(&guest.stage)?;
+        command::run(cargo().args(["build", "--package", "reverbs-tests"]))?;
+        command::run(
+            Command::new(&guest.runner)
+                .arg("--build")
+                .arg(&guest.programs),
+        )?;
+        Ok(guest)
+    }
+
+    /// The names of the run's cases that the filter leaves; `None` without any.
+    fn cases(&self, run: &Run, filter: Option<&str>) -> Result<Option<Vec<String>>> {
+        let listed = command::output(Command::new(&self.runner).arg("--list").args(run.cases))?;
+        if listed.trim().is_empty() {
+            bail!("the run {} in test_plan.rs names no case", run.name);
+        }
+        let Some(filter) = filter else {
+            return Ok(Some(
+                run.cases.iter().map(|part| (*part).to_owned()).collect(),
+            ));
+        };
+        let cases: Vec<String> = listed
+            .lines()
+            .filter(|name| name.contains(filter))
+            .map(str::to_owned)
+            .collect();
+        Ok((!cases.is_empty()).then_some(cases))
+    }
+
+    fn run(&self, run: &Run, cases: &[String]) -> Result<Count> {
+        heading(&format!("test machine: {}", run.name));
+        let share = paths::make(paths::machine()?.join("tests"))?;
+        let output = format!("{}/{}", vm::SHARE, run.name);
+        let mut program = vec![text(&self.runner)?.to_owned()];
+        if run.bare {
+            program.push("--bare".to_owned());
+        } else {
+            program.extend(["--stage".to_owned(), text(&self.stage)?.to_owned()]);
+        }
+        program.extend(["--programs".to_owned(), text(&self.programs)?.to_owned()]);
+        program.extend(["--output".to_owned(), output]);
+        program.extend(run.options.iter().map(|option| (*option).to_owned()));
+        program.extend(cases.iter().cloned());
+        let outcome = Machine::default()
+            .share(&share)
+            .timeout(Duration::from_secs(run.timeout))
+            .output(Output::Both)
+            .run(&program)?;
+        let stdout = String::from_utf8_lossy(&outcome.stdout);
+        let mut count = stdout
+            .lines()
+            .rev()
+            .find_map(parse_count)
+            .unwrap_or_default();
+        if !outcome.success() && count.failed == 0 {
+            eprintln!(
+                "xtask: the run {} did not end well: {:?}; its files are in {}",
+                run.name,
+                outcome.end,
+                share.join(run.name).display()
+            );
+            count.add(Count::ONE_FAILED);
+        }
+        Ok(count)
+    }
+}
+
+/// Reads `3 passed[,;] 1 failed...`, also after `ok. `.
+fn parse_count(line: &str) -> Option<Count> {
+    let mut passed = None;
+    let mut failed = None;
+    for part in line.split([',', ';', '.']) {
+        match part.trim().split_once(' ') {
+            Some((number, "passed")) => passed = number.parse().ok(),
+            Some((number, "failed")) => failed = number.parse().ok(),
+            _ => {}
+        }
+    }
+    Some(Count {
+        passed: passed?,
+        failed: failed?,
+    })
+}
+
+fn heading(text: &str) {
+    eprintln!("xtask: {text}");
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().context("a name is not UTF-8")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_read() {
+        let expected = Some(Count {
+            passed: 12,
+            failed: 3,
+        });
+        assert_eq!(parse_count("12 passed, 3 failed"), expected);
+        let cargo = "FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out";
+        assert_eq!(parse_count(cargo), expected);
+        assert_eq!(parse_count("passed it all"), None);
+        assert_eq!(parse_count("12 passed"), None);
+    }
+}
