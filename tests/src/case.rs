@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::setup::{Deadline, Setup};
-use crate::{own_programs, stock};
+use crate::{cycles, own_programs, stock};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -45,6 +45,10 @@ pub enum Action {
     Pair(&'static stock::Pair),
     /// One of our own programs.
     Own(&'static own_programs::Own),
+    /// `mpi_check` with this many ranks and rounds.
+    Mpi { ranks: u32, rounds: u32 },
+    /// A job under `reverbs cycle`.
+    Cycled(&'static cycles::Cycled),
 }
 
 impl Case {
@@ -56,6 +60,8 @@ impl Case {
         match &self.action {
             Action::Pair(pair) => stock::run(pair, job).map(|()| String::new()),
             Action::Own(own) => own_programs::run(own, job),
+            Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
+            Action::Cycled(cycled) => cycles::run(cycled, job),
         }
     }
 }
@@ -64,5 +70,6 @@ impl Case {
 pub fn all() -> Vec<Case> {
     let mut cases = stock::cases();
     cases.extend(own_programs::cases());
+    cases.extend(cycles::cases());
     cases
 }

@@ -6,7 +6,10 @@
 
 pub mod case;
 pub mod command_line;
+pub mod cycles;
 pub mod evidence;
+pub mod hardware;
+pub mod mpi;
 pub mod own_programs;
 pub mod process;
 pub mod programs;

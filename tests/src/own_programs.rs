@@ -3,14 +3,15 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::case::{Action, Case, Job, Needs};
-use crate::evidence;
-use crate::process::Running;
+use crate::process::{self, Running};
+use crate::{evidence, mpi, tree};
 
 /// The time limit of each of these cases.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// One of our programs with its options.
 #[derive(Debug)]
@@ -50,12 +51,30 @@ const OWN: &[Own] = &[
 
 /// The cases of this module.
 pub fn cases() -> Vec<Case> {
-    OWN.iter()
-        .map(|own| Case {
-            name: own.name.to_owned(),
+    let verbs = OWN.iter().map(|own| (own.name, Action::Own(own)));
+    let mpi = [
+        (
+            "mpi-np2",
+            Action::Mpi {
+                ranks: 2,
+                rounds: 32,
+            },
+        ),
+        (
+            "mpi-np4",
+            Action::Mpi {
+                ranks: 4,
+                rounds: 16,
+            },
+        ),
+    ];
+    verbs
+        .chain(mpi)
+        .map(|(name, action)| Case {
+            name: name.to_owned(),
             needs: Needs::AnyMode,
             limit: LIMIT,
-            action: Action::Own(own),
+            action,
         })
         .collect()
 }
@@ -70,8 +89,38 @@ pub fn run(own: &Own, job: &Job<'_>) -> Result<String> {
     // The child checks everything that the parent does, so the parent stands for both.
     program.wait_for_line(job.deadline, "ready")?;
     evidence::check_mode(program.pid(), &job.setup.mode)?;
-    program.wait_for_success(job.deadline)?;
+    let ended = program.wait_for_success(job.deadline);
+    if ended.is_err() {
+        ask_for_report(&mut program);
+    }
+    ended?;
     Ok(format!("{} messages", check_account(&program.output()?)?))
+}
+
+/// Runs `mpi_check` to its end. The remark is the number of rounds.
+///
+/// # Errors
+/// When it fails, or its ranks did not drive the device in the wanted way.
+pub fn run_mpi(ranks: u32, rounds: u32, job: &Job<'_>) -> Result<String> {
+    let mut mpirun = mpi::start_check(job, ranks, &["--iterations", &rounds.to_string()])?;
+    let done = mpi::finish_check(&mut mpirun, ranks, job.deadline)?;
+    ensure!(
+        done == u64::from(rounds),
+        "{done} rounds instead of {rounds}"
+    );
+    Ok(format!("{done} rounds"))
+}
+
+/// Makes a program that hangs write to its standard error where it stands.
+pub fn ask_for_report(program: &mut Running) {
+    if !matches!(program.ended(), Ok(None)) {
+        return;
+    }
+    let mut pids = tree::descendants(program.pid());
+    pids.push(program.pid());
+    process::signal_each(&pids, Signal::USR1);
+    // What it writes is for people, and nothing tells when it is complete.
+    std::thread::sleep(Duration::from_millis(500));
 }
 
 /// Starts one of our verbs programs on the device of the run.

@@ -13,20 +13,28 @@ struct Program {
     libraries: &'static [&'static str],
 }
 
-const PROGRAMS: &[Program] = &[Program {
-    name: "rc_traffic",
-    compiler: "gcc",
-    sources: &[
-        "rc_traffic.c",
-        "rc_setup.c",
-        "rc_stream.c",
-        "rc_send.c",
-        "rc_receive.c",
-        "common.c",
-        "handles.c",
-    ],
-    libraries: &["-libverbs"],
-}];
+const PROGRAMS: &[Program] = &[
+    Program {
+        name: "rc_traffic",
+        compiler: "gcc",
+        sources: &[
+            "rc_traffic.c",
+            "rc_setup.c",
+            "rc_stream.c",
+            "rc_send.c",
+            "rc_receive.c",
+            "common.c",
+            "handles.c",
+        ],
+        libraries: &["-libverbs"],
+    },
+    Program {
+        name: "mpi_check",
+        compiler: "mpicc.openmpi",
+        sources: &["mpi_check.c"],
+        libraries: &[],
+    },
+];
 
 const FLAGS: &[&str] = &["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-g"];
 

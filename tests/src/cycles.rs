@@ -1,0 +1,206 @@
+//! `reverbs cycle`, over and over, under jobs that check everything they see.
+//!
+//! A cycle must end with status 0, every queue pair number and key of the hardware must be another
+//! one afterwards, and the job must have sent packets before the next one starts. Whether the
+//! application noticed anything is the job's to find out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use rustix::process::Signal;
+
+use crate::case::{Action, Case, Job, Needs};
+use crate::hardware::{Numbers, packets_sent};
+use crate::process::{self, Running};
+use crate::setup::Deadline;
+use crate::{evidence, mpi, own_programs, tree};
+
+/// The time limit of each of these cases.
+const LIMIT: Duration = Duration::from_secs(900);
+
+/// The time limit of a single cycle.
+const CYCLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a job may take to end once it is told to.
+const END_LIMIT: Duration = Duration::from_secs(120);
+
+/// A job to cycle under.
+#[derive(Debug)]
+pub struct Cycled {
+    name: &'static str,
+    job: CycledJob,
+    /// One in this many of the cycles that the command line asks for.
+    share: u32,
+}
+
+#[derive(Debug)]
+enum CycledJob {
+    /// One of our verbs programs; SIGTERM makes it finish.
+    Own {
+        program: &'static str,
+        options: &'static str,
+    },
+    /// `mpi_check`; a file makes it finish.
+    Mpi { ranks: u32 },
+}
+
+const CYCLED: &[Cycled] = &[
+    Cycled {
+        name: "cycle-rc",
+        job: CycledJob::Own {
+            program: "rc_traffic",
+            options: "--seed 11",
+        },
+        share: 1,
+    },
+    Cycled {
+        name: "cycle-rc-events",
+        job: CycledJob::Own {
+            program: "rc_traffic",
+            options: "--seed 12 --events --qps 2 --window 8",
+        },
+        share: 4,
+    },
+    Cycled {
+        name: "cycle-rc-slow-receiver",
+        job: CycledJob::Own {
+            program: "rc_traffic",
+            options: "--seed 13 --rnr",
+        },
+        share: 4,
+    },
+    Cycled {
+        name: "cycle-mpi-np2",
+        job: CycledJob::Mpi { ranks: 2 },
+        share: 8,
+    },
+    Cycled {
+        name: "cycle-mpi",
+        job: CycledJob::Mpi { ranks: 4 },
+        share: 1,
+    },
+];
+
+/// The cases of this module.
+pub fn cases() -> Vec<Case> {
+    CYCLED
+        .iter()
+        .map(|cycled| Case {
+            name: cycled.name.to_owned(),
+            needs: Needs::Provider,
+            limit: LIMIT,
+            action: Action::Cycled(cycled),
+        })
+        .collect()
+}
+
+/// Runs a job under cycles.
+///
+/// # Errors
+/// When a cycle fails or changes nothing, or the job finds anything wrong.
+pub fn run(cycled: &Cycled, job: &Job<'_>) -> Result<String> {
+    let cycles = (job.setup.cycles / cycled.share).max(1);
+    match &cycled.job {
+        CycledJob::Own { program, options } => {
+            let options: Vec<_> = options.split_whitespace().collect();
+            let mut running = own_programs::start(job, program, &options)?;
+            let outcome = cycle_own(&mut running, job, cycles);
+            if outcome.is_err() {
+                own_programs::ask_for_report(&mut running);
+            }
+            outcome
+        }
+        CycledJob::Mpi { ranks } => cycle_mpi(job, *ranks, cycles),
+    }
+}
+
+fn cycle_own(running: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
+    running.wait_for_line(job.deadline, "ready")?;
+    evidence::check_mode(running.pid(), &job.setup.mode)?;
+    let times = cycle(running, job, cycles)?;
+    running.signal(Signal::TERM)?;
+    running.wait_for_success(job.deadline.at_most(END_LIMIT))?;
+    let messages = own_programs::check_account(&running.output()?)?;
+    Ok(format!("{times}, {messages} messages"))
+}
+
+fn cycle_mpi(job: &Job<'_>, ranks: u32, cycles: u32) -> Result<String> {
+    let until = Until::new(&job.folder);
+    let mut mpirun = mpi::start_check(job, ranks, &["--until", &until.path()])?;
+    let times = cycle(&mut mpirun, job, cycles)?;
+    until.now()?;
+    let rounds = mpi::finish_check(&mut mpirun, ranks, job.deadline.at_most(END_LIMIT))?;
+    Ok(format!("{times}, {rounds} rounds"))
+}
+
+/// Cycles the tree below and including `root`; says how long the cycles took.
+fn cycle(root: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
+    let mut times = Vec::new();
+    let mut next = Instant::now();
+    for number in 1..=cycles {
+        pause_until(root, next)?;
+        let start = Instant::now();
+        once(root, job).with_context(|| format!("cycle {number} of {cycles}"))?;
+        times.push(start.elapsed());
+        // A cycle that takes longer than the pace must not leave the job without time to run.
+        next = (start + job.setup.pace).max(Instant::now() + job.setup.pace / 2);
+    }
+    pause_until(root, next)?;
+    times.sort_unstable();
+    Ok(format!(
+        "{cycles} cycles, median {:.2} s, longest {:.2} s",
+        times[times.len() / 2].as_secs_f64(),
+        times[times.len() - 1].as_secs_f64()
+    ))
+}
+
+fn once(root: &mut Running, job: &Job<'_>) -> Result<()> {
+    let device = &job.setup.device;
+    let mut pids = tree::descendants(root.pid());
+    pids.push(root.pid());
+    let before = Numbers::of(&pids)?;
+    let mut command = job.setup.reverbs()?;
+    command.arg("cycle").arg(root.pid().to_string());
+    process::run(
+        command,
+        &job.folder,
+        "cycle",
+        job.deadline.at_most(CYCLE_LIMIT),
+    )?;
+    let after = Numbers::of(&pids)?;
+    after.check_all_new(&before)?;
+    let sent = packets_sent(device)?;
+    root.wait_until(
+        job.deadline.at_most(CYCLE_LIMIT),
+        "it sent anything again",
+        |_| Ok((packets_sent(device)? > sent).then_some(())),
+    )
+}
+
+/// Lets the job run; an early end is an error.
+fn pause_until(root: &mut Running, moment: Instant) -> Result<()> {
+    let pause = Deadline::after(moment.saturating_duration_since(Instant::now()));
+    match root.wait(pause) {
+        Ok(status) => anyhow::bail!("the job ended too early: {status}"),
+        Err(_) => Ok(()),
+    }
+}
+
+/// The file whose existence makes `mpi_check` finish.
+struct Until(PathBuf);
+
+impl Until {
+    fn new(folder: &Path) -> Self {
+        Self(folder.join("enough"))
+    }
+
+    fn path(&self) -> String {
+        self.0.display().to_string()
+    }
+
+    fn now(&self) -> Result<()> {
+        fs::write(&self.0, "").with_context(|| self.path())
+    }
+}

@@ -1,0 +1,132 @@
+//! The numbers that the hardware uses, as the kernel tells them: not what the provider says.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+/// The numbers of all objects that some processes hold.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Numbers {
+    /// Process and queue pair number.
+    pub queue_pairs: BTreeSet<(u64, u64)>,
+    /// Process and local key.
+    pub keys: BTreeSet<(u64, u64)>,
+}
+
+impl Numbers {
+    /// What the kernel lists for these processes (`rdma resource show`).
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn of(pids: &[u32]) -> Result<Self> {
+        let ours = |object: &Value| object["pid"].as_u64().filter(|pid| is_among(*pid, pids));
+        let queue_pairs = list("qp")?
+            .iter()
+            .filter_map(|object| Some((ours(object)?, object["lqpn"].as_u64()?)))
+            .collect();
+        let keys = list("mr")?
+            .iter()
+            .filter_map(|object| Some((ours(object)?, hexadecimal(object["lkey"].as_str()?)?)))
+            .collect();
+        Ok(Self { queue_pairs, keys })
+    }
+
+    /// Checks that nothing of this is also in `earlier`, and that there is as much of it.
+    ///
+    /// # Errors
+    /// When a number has stayed, or one is missing.
+    pub fn check_all_new(&self, earlier: &Self) -> Result<()> {
+        check_disjoint("queue pair number", &self.queue_pairs, &earlier.queue_pairs)?;
+        check_disjoint("key", &self.keys, &earlier.keys)
+    }
+}
+
+fn check_disjoint(
+    what: &str,
+    now: &BTreeSet<(u64, u64)>,
+    earlier: &BTreeSet<(u64, u64)>,
+) -> Result<()> {
+    ensure!(
+        !now.is_empty(),
+        "the hardware has no {what} of the job at all"
+    );
+    ensure!(
+        now.len() == earlier.len(),
+        "the hardware has {} of kind {what}, it had {}",
+        now.len(),
+        earlier.len()
+    );
+    if let Some((pid, number)) = now.intersection(earlier).next() {
+        anyhow::bail!("the hardware's {what} 0x{number:x} of process {pid} has not changed");
+    }
+    Ok(())
+}
+
+fn is_among(pid: u64, pids: &[u32]) -> bool {
+    pids.iter().any(|one| u64::from(*one) == pid)
+}
+
+fn list(kind: &str) -> Result<Vec<Value>> {
+    let output = Command::new("rdma")
+        .args(["-j", "-dd", "resource", "show", kind])
+        .output()
+        .context("cannot start rdma (package iproute2)")?;
+    ensure!(
+        output.status.success(),
+        "rdma resource show {kind}: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    // Nothing at all is printed when there is no object.
+    if output.stdout.trim_ascii().is_empty() {
+        return Ok(Vec::new());
+    }
+    serde_json::from_slice(&output.stdout).with_context(|| format!("answer of rdma, {kind}"))
+}
+
+fn hexadecimal(text: &str) -> Option<u64> {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).ok()
+}
+
+/// How many packets the device has sent so far.
+///
+/// # Errors
+/// When the device has no such counter.
+pub fn packets_sent(device: &str) -> Result<u64> {
+    let path = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/sent_pkts");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    text.trim().parse().with_context(|| path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(pairs: &[(u64, u64)], keys: &[(u64, u64)]) -> Numbers {
+        let set = |list: &[(u64, u64)]| list.iter().copied().collect();
+        Numbers {
+            queue_pairs: set(pairs),
+            keys: set(keys),
+        }
+    }
+
+    #[test]
+    fn a_number_that_stays_is_found() {
+        let earlier = numbers(&[(1, 17), (2, 18)], &[(1, 5)]);
+        numbers(&[(1, 19), (2, 20)], &[(1, 6)])
+            .check_all_new(&earlier)
+            .unwrap();
+        numbers(&[(1, 17), (2, 20)], &[(1, 6)])
+            .check_all_new(&earlier)
+            .unwrap_err();
+        numbers(&[(1, 19), (2, 20)], &[(1, 5)])
+            .check_all_new(&earlier)
+            .unwrap_err();
+        numbers(&[(1, 19)], &[(1, 6)])
+            .check_all_new(&earlier)
+            .unwrap_err();
+        numbers(&[], &[]).check_all_new(&earlier).unwrap_err();
+    }
+}
