@@ -250,11 +250,20 @@ static MATCH_TABLE: [VerbsMatchEntry; DRIVER_IDS] = {
     table
 };
 
-/// libibverbs fills everything in but what is zero.
+/// libibverbs fills in the rest.
 unsafe extern "C" fn alloc_device(_sysfs: *mut VerbsSysfsDevice) -> *mut VerbsDevice {
     // SAFETY: calloc has no precondition; libibverbs handles null.
-    unsafe { libc::calloc(1, size_of::<VerbsDevice>()) }.cast()
+    let device = unsafe { libc::calloc(1, size_of::<VerbsDevice>()) }.cast::<VerbsDevice>();
+    if !device.is_null() {
+        // SAFETY: device is ours, zeroed, and all-zero is a valid VerbsDevice.
+        unsafe { (*device).core_support = CORE_SUPPORT_OPTIONAL_MR_ACCESS };
+    }
+    device
 }
+
+/// `IB_UVERBS_CORE_SUPPORT_OPTIONAL_MR_ACCESS` of rdma/ib_user_ioctl_verbs.h. With it, `ibv_reg_mr` hands optional access
+/// flags (relaxed ordering) on to us, and the libibverbs below, which knows its device, takes them off where it must.
+const CORE_SUPPORT_OPTIONAL_MR_ACCESS: u64 = 1;
 
 unsafe extern "C" fn uninit_device(device: *mut VerbsDevice) {
     // SAFETY: device is from alloc_device and libibverbs is done with it.
@@ -319,6 +328,21 @@ mod tests {
                 (entry.kind, entry.driver_id),
                 (MATCH_DRIVER_ID, index as u64 + 1)
             );
+        }
+    }
+
+    #[test]
+    fn a_device_is_zero_but_for_what_the_core_supports() {
+        // SAFETY: the argument is not used.
+        let device = unsafe { alloc_device(null_mut()) };
+        // SAFETY: device is a fresh VerbsDevice, which libibverbs asserts to hold no old operations.
+        unsafe {
+            assert!((*device).ops.is_null() && (*device).sysfs.is_null());
+            assert!(
+                (*device).device._ops._dummy1.is_none() && (*device).device._ops._dummy2.is_none()
+            );
+            assert_eq!((*device).core_support, 1);
+            uninit_device(device);
         }
     }
 
