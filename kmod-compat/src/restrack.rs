@@ -22,7 +22,7 @@ pub enum ObjectKind {
     ProtectionDomain,
     /// A completion queue.
     CompletionQueue,
-    /// A shared receive queue; kernels from 5.15 list them.
+    /// A shared receive queue; older kernels refuse to list these (6.1 does list them).
     SharedReceiveQueue,
     /// A memory region.
     MemoryRegion,
