@@ -47,6 +47,11 @@ const OWN: &[Own] = &[
         program: "rc_traffic",
         options: "--messages 100 --rnr --events --seed 4",
     },
+    Own {
+        name: "ud-srq-uc",
+        program: "ud_srq",
+        options: "--messages 200 --seed 5",
+    },
 ];
 
 /// The cases of this module.

@@ -29,6 +29,18 @@ const PROGRAMS: &[Program] = &[
         libraries: &["-libverbs"],
     },
     Program {
+        name: "ud_srq",
+        compiler: "gcc",
+        sources: &[
+            "ud_srq.c",
+            "ud_srq_setup.c",
+            "ud_srq_receive.c",
+            "common.c",
+            "handles.c",
+        ],
+        libraries: &["-libverbs"],
+    },
+    Program {
         name: "mpi_check",
         compiler: "mpicc.openmpi",
         sources: &["mpi_check.c"],
