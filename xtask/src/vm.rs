@@ -236,8 +236,7 @@ impl Machine {
         self.run_script(&format!("exec {}\n", words.join(" ")))
     }
 
-    /// As [`Machine::run`], for the text of a shell script (busybox's; `exec bash FILE`
-    /// starts another).
+    /// As [`Machine::run`], for the text of a script for the host's `/bin/sh`.
     ///
     /// # Errors
     /// As [`Machine::run`].
@@ -309,7 +308,7 @@ impl Machine {
             command.args(["-accel", "tcg,thread=multi", "-smp"]);
             command.arg(self.cpus.to_string());
         }
-        command.args(["-machine", "q35", "-cpu", "max", "-m"]);
+        command.args(["-machine", "q35", "-cpu", PROCESSOR, "-m"]);
         command.arg(format!("{}M", self.memory));
         command.arg("-kernel").arg(kernel.image());
         command.args(["-append", KERNEL_ARGUMENTS]);
@@ -385,9 +384,13 @@ impl Machine {
     }
 }
 
-/// `mitigations=off` and `rcu_expedited` halve the boot; an oops must be seen at once.
+/// Without "enhanced rep movsb", which emulation does byte by byte: copies are seven times
+/// faster, RDMA writes twice.
+const PROCESSOR: &str = "max,-erms";
+
+/// An oops must be seen at once; the rest makes the boot shorter.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off \
-     rcupdate.rcu_expedited=1 audit=0 tsc=reliable cryptomgr.notests swiotlb=noforce";
+     rcupdate.rcu_expedited=1 cryptomgr.notests swiotlb=noforce audit=0 tsc=reliable";
 
 /// A running QEMU, which does not survive this value.
 struct Guest(Child);

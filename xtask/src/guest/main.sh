@@ -50,7 +50,8 @@ echo up >&3
 	exec </dev/null >/run/reverbs/out 2>/run/reverbs/err 3>&-
 	cd "$folder" || exit 127
 	eval "$environment"
-	exec $busybox setsid sh /run/reverbs/job
+	# the host's shell: busybox's would prefer its own ls, ip, mount to the host's
+	exec $busybox setsid /bin/sh /run/reverbs/job
 ) &
 wait $!
 status=$?
