@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::setup::{Deadline, Setup};
-use crate::{cycles, own_programs, stock};
+use crate::{cycles, facts, own_programs, stock};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -43,6 +43,8 @@ pub struct Case {
 pub enum Action {
     /// A stock server and client.
     Pair(&'static stock::Pair),
+    /// `verbs_facts`.
+    Facts,
     /// One of our own programs.
     Own(&'static own_programs::Own),
     /// `mpi_check` with this many ranks and rounds.
@@ -59,6 +61,7 @@ impl Case {
     pub fn run(&self, job: &Job<'_>) -> Result<String> {
         match &self.action {
             Action::Pair(pair) => stock::run(pair, job).map(|()| String::new()),
+            Action::Facts => facts::run(job),
             Action::Own(own) => own_programs::run(own, job),
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),

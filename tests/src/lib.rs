@@ -8,6 +8,7 @@ pub mod case;
 pub mod command_line;
 pub mod cycles;
 pub mod evidence;
+pub mod facts;
 pub mod hardware;
 pub mod mpi;
 pub mod own_programs;

@@ -73,7 +73,8 @@ pub fn cases() -> Vec<Case> {
             },
         ),
     ];
-    verbs
+    std::iter::once(("verbs-facts", Action::Facts))
+        .chain(verbs)
         .chain(mpi)
         .map(|(name, action)| Case {
             name: name.to_owned(),

@@ -41,6 +41,17 @@ const PROGRAMS: &[Program] = &[
         libraries: &["-libverbs"],
     },
     Program {
+        name: "verbs_facts",
+        compiler: "gcc",
+        sources: &[
+            "verbs_facts.c",
+            "facts_objects.c",
+            "facts_traffic.c",
+            "common.c",
+        ],
+        libraries: &["-libverbs"],
+    },
+    Program {
         name: "mpi_check",
         compiler: "mpicc.openmpi",
         sources: &["mpi_check.c"],
