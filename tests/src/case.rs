@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::setup::{Deadline, Setup};
-use crate::{cycles, facts, own_programs, stock};
+use crate::{cycles, facts, faults, own_programs, stock};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -49,6 +49,8 @@ pub enum Action {
     Own(&'static own_programs::Own),
     /// `mpi_check` with this many ranks and rounds.
     Mpi { ranks: u32, rounds: u32 },
+    /// A program that must notice a broken promise.
+    Fault(&'static faults::Fault),
     /// A job under `reverbs cycle`.
     Cycled(&'static cycles::Cycled),
 }
@@ -64,6 +66,7 @@ impl Case {
             Action::Facts => facts::run(job),
             Action::Own(own) => own_programs::run(own, job),
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
+            Action::Fault(fault) => faults::run(fault, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),
         }
     }
@@ -73,6 +76,7 @@ impl Case {
 pub fn all() -> Vec<Case> {
     let mut cases = stock::cases();
     cases.extend(own_programs::cases());
+    cases.extend(faults::cases());
     cases.extend(cycles::cases());
     cases
 }

@@ -9,6 +9,7 @@ pub mod command_line;
 pub mod cycles;
 pub mod evidence;
 pub mod facts;
+pub mod faults;
 pub mod hardware;
 pub mod mpi;
 pub mod own_programs;

@@ -1,5 +1,6 @@
 //! Our own C programs, each run to its end by itself.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -8,6 +9,7 @@ use serde_json::Value;
 
 use crate::case::{Action, Case, Job, Needs};
 use crate::process::{self, Running};
+use crate::setup::Setup;
 use crate::{evidence, mpi, tree};
 
 /// The time limit of each of these cases.
@@ -134,12 +136,20 @@ pub fn ask_for_report(program: &mut Running) {
 /// # Errors
 /// When it is not there or cannot be started.
 pub fn start(job: &Job<'_>, name: &str, options: &[&str]) -> Result<Running> {
-    let setup = job.setup;
+    let mut command = command(job.setup, name)?;
+    command.args(options);
+    Running::start(command, &job.folder, name)
+}
+
+/// A command for one of our verbs programs, with the device of the run.
+///
+/// # Errors
+/// When it was not compiled.
+pub fn command(setup: &Setup, name: &str) -> Result<Command> {
     let mut command = setup.command(setup.own_program(name)?);
     command.args(["--device", &setup.device]);
     command.args(["--gid-index", &setup.gid_index.to_string()]);
-    command.args(options);
-    Running::start(command, &job.folder, name)
+    Ok(command)
 }
 
 /// Reads the line of JSON with which a program ends, and gives the number of checked messages.

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-/// One program: its compiler, sources and libraries.
+/// One program: its compiler, sources, and libraries or other options.
 struct Program {
     name: &'static str,
     compiler: &'static str,
@@ -50,6 +50,12 @@ const PROGRAMS: &[Program] = &[
             "common.c",
         ],
         libraries: &["-libverbs"],
+    },
+    Program {
+        name: "libfaults.so",
+        compiler: "gcc",
+        sources: &["faults.c"],
+        libraries: &["-shared", "-fPIC"],
     },
     Program {
         name: "mpi_check",

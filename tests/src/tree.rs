@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
+/// Between two looks at processes that are being ended.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Makes this process the parent of every orphan below it, so that nothing a case started can
 /// escape `end_all`. A tree restored by a detached CRIU lands here as well.
 ///
@@ -38,6 +41,7 @@ pub fn descendants(root: u32) -> Vec<u32> {
 pub fn end_all() -> usize {
     let mut ended = 0;
     loop {
+        reap();
         let left = descendants(std::process::id());
         if left.is_empty() {
             return ended;
@@ -51,22 +55,16 @@ pub fn end_all() -> usize {
                 ended += 1;
             }
         }
-        reap(Duration::from_millis(10));
+        std::thread::sleep(PAUSE);
     }
 }
 
-/// Collects every child that has ended; waits a little if there is none yet.
-fn reap(pause: Duration) {
-    let mut any = false;
-    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {
-        any = true;
-    }
-    if !any {
-        std::thread::sleep(pause);
-    }
+/// Collects every child that has ended.
+fn reap() {
+    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {}
 }
 
-/// Every live process with its parent. Zombies count as gone unless they are ours to reap.
+/// Every process with its parent.
 fn parents() -> Vec<(u32, u32)> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
