@@ -4,4 +4,7 @@
 //! see docs/architecture.md for the way of a verb and the way of a checkpoint.
 
 pub mod control;
+pub mod device;
+pub mod errno;
 pub mod handle;
+pub mod log;

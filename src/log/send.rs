@@ -1,0 +1,355 @@
+//! The send log of a queue pair.
+//!
+//! A ring of twice the queue. `cursor` is where the next request goes, `completed` the entry of the last completion seen;
+//! what lies between is outstanding (a completion retires the unsignaled requests before it, IBTA 10.8.3.1).
+//! `limit` is as far as the cursor may go without looking again, so that one compare covers wrap and full. Nothing is
+//! retired one by one.
+
+use std::fmt;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rdma_core_sys::{IBV_SEND_INLINE, IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_send_wr, ibv_sge};
+
+use super::ring::{Memory, stride};
+use super::SlotHead;
+use crate::errno::{Errno, Verb};
+use crate::handle::Psn;
+
+/// One request. Its scatter/gather elements follow it in memory.
+#[repr(C)]
+pub struct SendSlot {
+    /// What the device is given. `wr_id`, `sg_list` and (but during the post of a chain) `next` never change.
+    pub wr: ibv_send_wr,
+    pub head: SlotHead,
+    /// Room for the bytes of an inline request, `max_inline` of them.
+    inline: *mut u8,
+    /// The PSN after this request's last packet.
+    pub psn_after: u32,
+    reserved: u32,
+}
+
+impl fmt::Debug for SendSlot {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("SendSlot").field("opcode", &self.wr.opcode).field("head", &self.head).finish_non_exhaustive()
+    }
+}
+
+/// The ring. All methods need the queue's lock, but for `completed`, which pollers move.
+#[derive(Debug)]
+pub struct SendRing {
+    cursor: *mut SendSlot,
+    limit: *mut SendSlot,
+    stride: usize,
+    psn: u32,
+    mtu_mask: u32,
+    mtu_shift: u32,
+    /// Address of the [`SlotHead`] last seen completed; in a ring that never completed any, of the last entry.
+    completed: Box<AtomicU64>,
+    base: *mut SendSlot,
+    end: *mut SendSlot,
+    max_sge: u32,
+    max_inline: u32,
+    memory: Option<(Memory, Memory)>,
+}
+
+impl Default for SendRing {
+    /// A ring with no room, where no request can be logged.
+    fn default() -> Self {
+        Self {
+            cursor: ptr::null_mut(),
+            limit: ptr::null_mut(),
+            stride: 0,
+            psn: 0,
+            mtu_mask: 0,
+            mtu_shift: 0,
+            completed: Box::default(),
+            base: ptr::null_mut(),
+            end: ptr::null_mut(),
+            max_sge: 0,
+            max_inline: 0,
+            memory: None,
+        }
+    }
+}
+
+impl SendRing {
+    /// Room for a queue of `capacity` requests, of at most `max_sge` elements or `max_inline` bytes each.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn new(capacity: u32, max_sge: u32, max_inline: u32, owner: *mut std::ffi::c_void) -> Verb<Self> {
+        let max_sge = max_sge.max(1);
+        let stride = stride(size_of::<SendSlot>(), max_sge);
+        let slots = (capacity as usize).max(8) * 2;
+        let memory = Memory::new(slots.checked_mul(stride).ok_or(Errno::NO_MEMORY)?)?;
+        let inline = Memory::new(slots.checked_mul(max_inline as usize).ok_or(Errno::NO_MEMORY)?)?;
+        let base: *mut SendSlot = memory.base().cast();
+        let end = base.wrapping_byte_add(slots * stride);
+        let mut ring = Self {
+            cursor: base,
+            stride,
+            base,
+            end,
+            max_sge,
+            max_inline,
+            ..Self::default()
+        };
+        for index in 0..slots {
+            let slot = base.wrapping_byte_add(index * stride);
+            // SAFETY: the entry lies within `memory`, which is zeroed and aligned; nobody else has it yet.
+            unsafe {
+                (*slot).head.retire = &raw const *ring.completed;
+                (*slot).head.owner = owner;
+                (*slot).wr.wr_id = (*slot).head.wr_id();
+                (*slot).wr.sg_list = slot.add(1).cast();
+                (*slot).inline = inline.base().wrapping_add(index * max_inline as usize);
+            }
+        }
+        ring.memory = Some((memory, inline));
+        ring.forget_all();
+        Ok(ring)
+    }
+
+    /// Is there memory behind it?
+    #[must_use]
+    pub fn is_allocated(&self) -> bool {
+        self.memory.is_some()
+    }
+
+    /// Drops every entry: the queue was reset.
+    pub fn forget_all(&mut self) {
+        if self.is_allocated() {
+            self.cursor = self.base;
+            let last = self.end.wrapping_byte_sub(self.stride);
+            // SAFETY: the last entry of an allocated ring.
+            self.completed.store(unsafe { (*last).head.wr_id() }, Ordering::Release);
+            self.limit = last;
+        }
+    }
+
+    /// The PSN of the next request's first packet, and the path MTU in bytes (a power of two).
+    pub fn start(&mut self, psn: Psn, mtu: u32) {
+        self.psn = psn.0;
+        self.mtu_shift = mtu.trailing_zeros();
+        self.mtu_mask = mtu - 1;
+    }
+
+    /// The PSN after everything logged.
+    #[must_use]
+    pub fn psn(&self) -> Psn {
+        Psn(0).advance(self.psn)
+    }
+
+    /// Is the room up to the known limit used up? Then [`Self::make_room`] must look again.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_at_limit(&self) -> bool {
+        self.cursor == self.limit
+    }
+
+    /// Moves the limit on, around the end if need be.
+    ///
+    /// # Errors
+    /// `ENOMEM` if the ring is full, as the hardware answers for a full queue.
+    pub fn make_room(&mut self) -> Verb<()> {
+        if !self.is_allocated() {
+            return Err(Errno::INVALID);
+        }
+        if self.cursor == self.end {
+            self.cursor = self.base;
+        }
+        let completed = self.completed_slot();
+        // The completed entry itself is not written to, so that full and empty differ.
+        self.limit = if completed >= self.cursor { completed } else { self.end };
+        if self.cursor == self.limit { Err(Errno::NO_MEMORY) } else { Ok(()) }
+    }
+
+    /// Logs a request of one element, not inline, whose opcode [`is_simple`]. It is not part of the log until
+    /// [`Self::commit`].
+    ///
+    /// # Safety
+    /// `wr` must be such a request, and the ring not at its limit.
+    #[inline(always)]
+    pub unsafe fn log_one(&mut self, wr: *const ibv_send_wr) -> *mut SendSlot {
+        let slot = self.cursor;
+        // SAFETY: the cursor is before the limit, hence in the ring; the caller vouches for `wr`.
+        unsafe {
+            copy_request(wr, slot);
+            let sge = ptr::read((*wr).sg_list);
+            ptr::write((*slot).wr.sg_list, sge);
+            (*slot).psn_after = self.psn.wrapping_add(self.packets(sge.length));
+        }
+        slot
+    }
+
+    /// Logs any request. `next` is left null.
+    ///
+    /// # Safety
+    /// `wr` must be a valid request as `ibv_post_send` demands. The ring must not be at its limit.
+    ///
+    /// # Errors
+    /// `EINVAL`: more elements or inline bytes than the queue has room for. `EOPNOTSUPP`: an opcode we do not have.
+    pub unsafe fn log(&mut self, wr: *const ibv_send_wr) -> Verb<*mut SendSlot> {
+        // SAFETY: as above.
+        unsafe {
+            if !is_simple(&*wr) {
+                return Err(Errno::NOT_SUPPORTED);
+            }
+            let count = u32::try_from((*wr).num_sge).map_err(|_| Errno::INVALID)?;
+            if count > self.max_sge {
+                return Err(Errno::INVALID);
+            }
+            let slot = self.cursor;
+            copy_request(wr, slot);
+            let from = std::slice::from_raw_parts((*wr).sg_list, if count == 0 { 0 } else { count as usize });
+            let length = from.iter().fold(0_u32, |sum, sge| sum.saturating_add(sge.length));
+            if (*wr).send_flags & IBV_SEND_INLINE != 0 {
+                if length > self.max_inline {
+                    return Err(Errno::INVALID);
+                }
+                self.copy_inline(from, slot);
+            } else {
+                ptr::copy_nonoverlapping((*wr).sg_list, (*slot).wr.sg_list, count as usize);
+            }
+            (*slot).psn_after = self.psn.wrapping_add(self.packets(length));
+            Ok(slot)
+        }
+    }
+
+    /// The buffer of an inline request may be used again when the post returns, so its bytes are kept here.
+    unsafe fn copy_inline(&self, from: &[ibv_sge], slot: *mut SendSlot) {
+        // SAFETY: `inline` has room for `max_inline` bytes and the caller checked the sum; the elements describe memory
+        // of the application that is valid for reads, as `IBV_SEND_INLINE` demands.
+        unsafe {
+            let mut to = (*slot).inline;
+            for sge in from {
+                ptr::copy_nonoverlapping(
+                    ptr::with_exposed_provenance::<u8>(sge.addr as usize),
+                    to,
+                    sge.length as usize,
+                );
+                to = to.wrapping_add(sge.length as usize);
+            }
+            let length = from.iter().map(|sge| sge.length).sum();
+            let addr = (*slot).inline.expose_provenance() as u64;
+            ptr::write((*slot).wr.sg_list, ibv_sge { addr, length, lkey: 0 });
+            (*slot).wr.num_sge = i32::from(!from.is_empty());
+        }
+    }
+
+    /// Makes the entry at the cursor part of the log.
+    ///
+    /// # Safety
+    /// `slot` is what the last `log` returned.
+    #[inline(always)]
+    pub unsafe fn commit(&mut self, slot: *mut SendSlot) {
+        // SAFETY: as the caller vouches.
+        self.psn = unsafe { (*slot).psn_after };
+        self.cursor = slot.wrapping_byte_add(self.stride);
+    }
+
+    /// Takes `slot` and all after it out of the log again: the device refused them.
+    ///
+    /// # Safety
+    /// `slot` must be an outstanding entry; `psn` the one before it.
+    pub unsafe fn undo(&mut self, slot: *mut SendSlot, psn: u32) {
+        self.cursor = slot;
+        self.psn = psn;
+        // The cursor may have gone around; the old limit is then behind it. At the limit, the next post looks again.
+        self.limit = slot;
+    }
+
+    /// Goes on with this PSN.
+    pub fn continue_at(&mut self, psn: u32) {
+        self.psn = psn;
+    }
+
+    /// Numbers an entry that goes down only now, possibly on another connection than it was logged for.
+    ///
+    /// # Safety
+    /// `slot` must be an entry of this ring.
+    pub unsafe fn renumber(&mut self, slot: *mut SendSlot) {
+        // SAFETY: as the caller vouches; `sg_list` has `num_sge` elements.
+        unsafe {
+            let elements = std::slice::from_raw_parts((*slot).wr.sg_list, (*slot).wr.num_sge as usize);
+            let length = elements.iter().fold(0_u32, |sum, element| sum.saturating_add(element.length));
+            self.psn = self.psn.wrapping_add(self.packets(length));
+            (*slot).psn_after = self.psn;
+        }
+    }
+
+    /// The PSN sum as it is, to go back to with [`Self::undo`].
+    #[must_use]
+    pub fn raw_psn(&self) -> u32 {
+        self.psn
+    }
+
+    /// Outstanding entries, oldest first.
+    pub fn outstanding(&self) -> impl Iterator<Item = *mut SendSlot> + use<> {
+        let (base, end, stride, cursor) = (self.base, self.end, self.stride, self.wrapped(self.cursor));
+        let mut at = match self.is_allocated() {
+            true => self.wrapped(self.completed_slot().wrapping_byte_add(stride)),
+            false => cursor,
+        };
+        std::iter::from_fn(move || {
+            if at == cursor {
+                return None;
+            }
+            let slot = at;
+            at = at.wrapping_byte_add(stride);
+            if at == end {
+                at = base;
+            }
+            Some(slot)
+        })
+    }
+
+    /// Retires everything up to and including `slot`.
+    pub fn retire(&self, slot: *const SendSlot) {
+        // SAFETY: an entry of this ring.
+        self.completed.store(unsafe { (*slot).head.wr_id() }, Ordering::Release);
+    }
+
+    fn completed_slot(&self) -> *mut SendSlot {
+        let head = self.completed.load(Ordering::Acquire) as usize;
+        ptr::with_exposed_provenance_mut::<SendSlot>(head - std::mem::offset_of!(SendSlot, head))
+    }
+
+    fn wrapped(&self, slot: *mut SendSlot) -> *mut SendSlot {
+        if slot == self.end { self.base } else { slot }
+    }
+
+    /// Packets of a message: a message of no bytes takes one (IBTA 9.7.1); a READ takes as many as its response.
+    /// Atomics carry 8 bytes, one packet.
+    #[inline(always)]
+    fn packets(&self, length: u32) -> u32 {
+        let packets = (u64::from(length) + u64::from(self.mtu_mask)) >> self.mtu_shift;
+        (packets as u32).max(1)
+    }
+}
+
+/// Is this one of the operations a queue pair has had from the start (write, send, read, atomics)?
+#[inline(always)]
+#[must_use]
+pub fn is_simple(wr: &ibv_send_wr) -> bool {
+    wr.opcode <= IBV_WR_ATOMIC_FETCH_AND_ADD
+}
+
+/// Copies all of a request but `next`, `sg_list` and what only other opcodes use.
+#[inline(always)]
+unsafe fn copy_request(wr: *const ibv_send_wr, slot: *mut SendSlot) {
+    // SAFETY: both are valid; the ranges are fields of `ibv_send_wr` next to each other: num_sge to the immediate
+    // (16 bytes) and the union `wr` (32 bytes), copied whole.
+    unsafe {
+        (*slot).head.app_wr_id = (*wr).wr_id;
+        ptr::copy_nonoverlapping((&raw const (*wr).num_sge).cast::<[u8; 16]>(), (&raw mut (*slot).wr.num_sge).cast(), 1);
+        ptr::copy_nonoverlapping(&raw const (*wr).wr, &raw mut (*slot).wr.wr, 1);
+    }
+}
+
+const _: () = {
+    use std::mem::offset_of;
+    assert!(offset_of!(ibv_send_wr, num_sge) + 16 == offset_of!(ibv_send_wr, wr));
+    assert!(size_of::<SendSlot>() % align_of::<ibv_sge>() == 0);
+};

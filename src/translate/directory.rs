@@ -1,0 +1,131 @@
+//! What all processes of a job learn of each other at a restart.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::control::message::ProcessNumbers;
+use crate::handle::{
+    HardwareGid, HardwareLid, HardwareQpn, Psn, VirtualGid, VirtualKey, VirtualLid, VirtualQpn,
+};
+
+use super::KeyTable;
+
+/// How a peer is addressed: by GID where the address vector is global, else by LID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    Gid(VirtualGid),
+    Lid(VirtualLid),
+}
+
+/// A queue pair of the job, as a peer needs to know it.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub qpn: HardwareQpn,
+    pub first_psn: Psn,
+    /// log2 of the path MTU in bytes.
+    pub mtu: u8,
+    /// Remote keys of its process and device. One that is not here is younger than the restart and means itself.
+    pub keys: Arc<KeyTable>,
+}
+
+/// Old and new numbers of the whole job. Never changes; the next restart makes another.
+#[derive(Debug, Default)]
+pub struct Directory {
+    gids: HashMap<VirtualGid, HardwareGid>,
+    gids_back: HashMap<HardwareGid, VirtualGid>,
+    lids: HashMap<VirtualLid, HardwareLid>,
+    lids_back: HashMap<HardwareLid, VirtualLid>,
+    peers: HashMap<(Address, VirtualQpn), Peer>,
+    qpns: HashMap<Address, Arc<KeyTable>>,
+    qpns_back: HashMap<(Address, HardwareQpn), VirtualQpn>,
+}
+
+impl Directory {
+    #[must_use]
+    pub fn new(processes: &[ProcessNumbers]) -> Self {
+        let mut directory = Self::default();
+        for context in processes.iter().flat_map(|process| &process.contexts) {
+            let keys: Arc<KeyTable> = Arc::new(context.rkeys.iter().map(|(old, new)| (old.0, new.0)).collect());
+            for port in &context.ports {
+                for (old, new) in &port.gids {
+                    directory.gids.insert(*old, *new);
+                    directory.gids_back.insert(*new, *old);
+                }
+                if port.lid.0.0 != 0 {
+                    directory.lids.insert(port.lid.0, port.lid.1);
+                    directory.lids_back.insert(port.lid.1, port.lid.0);
+                }
+                let gids = port.gids.iter().map(|(old, _)| Address::Gid(*old));
+                let lid = (port.lid.0.0 != 0).then_some(Address::Lid(port.lid.0));
+                for address in gids.chain(lid) {
+                    let qpns = directory.qpns.entry(address).or_default();
+                    for pair in context.queue_pairs.iter().filter(|pair| pair.port == port.port) {
+                        qpns.insert(pair.virtual_qpn.0, pair.hardware_qpn.0);
+                        directory.qpns_back.insert((address, pair.hardware_qpn), pair.virtual_qpn);
+                        let peer = Peer {
+                            qpn: pair.hardware_qpn,
+                            first_psn: pair.first_psn,
+                            mtu: pair.mtu,
+                            keys: Arc::clone(&keys),
+                        };
+                        directory.peers.insert((address, pair.virtual_qpn), peer);
+                    }
+                }
+            }
+        }
+        directory
+    }
+
+    /// The queue pair that `qpn` at `address` names, if it predates the restart.
+    #[must_use]
+    pub fn peer(&self, address: Address, qpn: VirtualQpn) -> Option<&Peer> {
+        self.peers.get(&(address, qpn))
+    }
+
+    /// Where to send what is addressed to a GID; `None` if no process of the job has it.
+    #[must_use]
+    pub fn gid(&self, gid: VirtualGid) -> Option<HardwareGid> {
+        self.gids.get(&gid).copied()
+    }
+
+    /// The GID that the application knows for one that the hardware shows.
+    #[must_use]
+    pub fn gid_back(&self, gid: HardwareGid) -> Option<VirtualGid> {
+        self.gids_back.get(&gid).copied()
+    }
+
+    #[must_use]
+    pub fn lid(&self, lid: VirtualLid) -> Option<HardwareLid> {
+        self.lids.get(&lid).copied()
+    }
+
+    #[must_use]
+    pub fn lid_back(&self, lid: HardwareLid) -> Option<VirtualLid> {
+        self.lids_back.get(&lid).copied()
+    }
+
+    /// Queue pair numbers at one address, for datagrams. One that is not in the table is younger than the restart and
+    /// means itself.
+    #[must_use]
+    pub fn qpns_at(&self, address: Address) -> Option<Arc<KeyTable>> {
+        self.qpns.get(&address).cloned()
+    }
+
+    /// The number under which the application knows the sender of a datagram. One that is not in the table is younger
+    /// than the restart and means itself.
+    #[must_use]
+    pub fn qpn_back(&self, address: Address, qpn: HardwareQpn) -> VirtualQpn {
+        self.qpns_back.get(&(address, qpn)).copied().unwrap_or(VirtualQpn(qpn.0))
+    }
+
+    /// Virtual numbers in use at an address, which nothing new there may have.
+    pub fn taken_at(&self, address: Address) -> impl Iterator<Item = VirtualQpn> + '_ {
+        self.peers.keys().filter(move |(at, _)| *at == address).map(|(_, qpn)| *qpn)
+    }
+
+    /// Virtual remote keys do not come from here: [`Peer::keys`].
+    #[must_use]
+    pub fn remote_key(peer: &KeyTable, key: VirtualKey) -> u32 {
+        peer.get(key.0).unwrap_or(key.0)
+    }
+}

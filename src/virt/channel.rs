@@ -1,0 +1,227 @@
+//! How events reach the application: through pipes of our own, which outlive the hardware.
+//!
+//! `ibv_create_comp_channel` has no provider hook: the application gets the kernel's file. When a completion queue first
+//! uses the channel, a pipe takes that file's place under the same number (docs/events.md). From then on a pipe is known
+//! by its inode, not by the channel's address, as channels are freed without our hearing of it.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex};
+
+use rdma_core_sys::ibv_comp_channel;
+
+use super::context::Context;
+use super::process::{lock, process};
+use crate::errno::{Errno, Verb};
+
+/// A pipe of records of a fixed size.
+#[derive(Debug)]
+pub struct EventPipe {
+    writer: Mutex<Option<File>>,
+    /// The number the application reads from.
+    read_fd: AtomicI32,
+    inode: Inode,
+    record: usize,
+}
+
+/// Which file a descriptor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Inode(u64, u64);
+
+impl EventPipe {
+    /// A pipe whose read end is the application's from now on.
+    ///
+    /// # Errors
+    /// Those of `pipe2`.
+    pub fn new(record: usize) -> Verb<Self> {
+        let mut fds = [-1; 2];
+        // SAFETY: `fds` has room for two.
+        if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+            return Err(Errno::last());
+        }
+        // SAFETY: just made, and nobody else's.
+        let writer = unsafe { File::from_raw_fd(fds[1]) };
+        set_nonblocking(fds[1]);
+        Ok(Self {
+            writer: Mutex::new(Some(writer)),
+            read_fd: AtomicI32::new(fds[0]),
+            inode: inode(fds[0])?,
+            record,
+        })
+    }
+
+    /// A pipe whose read end takes the place of `number`.
+    fn under(number: RawFd, record: usize) -> Verb<Self> {
+        let pipe = Self::new(record)?;
+        // SAFETY: the read end made above, not handed out yet.
+        let reader = unsafe { OwnedFd::from_raw_fd(pipe.read_fd()) };
+        kmod_compat::substitute::substitute(number, reader).map_err(|error| {
+            tracing::error!(fd = number, %error, "cannot replace an event file");
+            Errno::IO
+        })?;
+        pipe.read_fd.store(number, Ordering::Release);
+        Ok(pipe)
+    }
+
+    #[must_use]
+    pub fn read_fd(&self) -> RawFd {
+        self.read_fd.load(Ordering::Acquire)
+    }
+
+    /// Hands one record to the application. Events that nobody ever reads stop at the pipe's size, as they are dropped by
+    /// the kernel's own limits.
+    pub(crate) fn write(&self, record: &[u8]) -> bool {
+        debug_assert_eq!(record.len(), self.record);
+        lock(&self.writer).as_mut().is_some_and(|writer| writer.write_all(record).is_ok())
+    }
+
+    /// Takes back the unread records that `matches`; gives their number. The caller holds `Process::events`.
+    pub(crate) fn purge(&self, matches: impl Fn(&[u8]) -> bool) -> u32 {
+        let fd = self.read_fd();
+        if inode(fd) != Ok(self.inode) {
+            return 0;
+        }
+        let mut keep = Vec::new();
+        let mut purged = 0;
+        let mut record = vec![0; self.record];
+        while unread(fd) >= self.record {
+            // SAFETY: `record` has room for that many bytes.
+            let got = unsafe { libc::read(fd, record.as_mut_ptr().cast(), self.record) };
+            if usize::try_from(got) != Ok(self.record) {
+                break;
+            }
+            if matches(&record) { purged += 1 } else { keep.extend_from_slice(&record) }
+        }
+        for record in keep.chunks_exact(self.record) {
+            self.write(record);
+        }
+        purged
+    }
+
+    /// The reader will find the end of the file.
+    pub(crate) fn close_writer(&self) {
+        lock(&self.writer).take();
+    }
+
+    /// The application still has the read end under the number we know.
+    fn is_open(&self) -> bool {
+        inode(self.read_fd()) == Ok(self.inode)
+    }
+}
+
+/// A completion channel that a completion queue has used.
+#[derive(Debug)]
+pub struct Channel {
+    context: &'static Context,
+    pub(crate) pipe: EventPipe,
+    /// The hardware's channel; null while released.
+    hardware: AtomicPtr<ibv_comp_channel>,
+}
+
+impl Channel {
+    /// The channel behind the application's object, taken over from the kernel if this is its first use.
+    ///
+    /// # Safety
+    /// `app` must be a completion channel of `context`, whose hardware is there: the gate is held.
+    pub(crate) unsafe fn of(context: &'static Context, app: *mut ibv_comp_channel) -> Verb<Arc<Self>> {
+        // SAFETY: as the caller vouches.
+        let fd = unsafe { (*app).fd };
+        let mut channels = process().channels();
+        channels.retain(|channel| channel.pipe.is_open() || Arc::strong_count(channel) > 1);
+        let inode = inode(fd)?;
+        if let Some(channel) = channels.iter().find(|channel| channel.pipe.inode == inode) {
+            return Ok(Arc::clone(channel));
+        }
+        let hardware = Self::create_hardware(context)?;
+        let pipe = match EventPipe::under(fd, size_of::<u64>()) {
+            Ok(pipe) => pipe,
+            Err(error) => {
+                // SAFETY: made above, used by nobody.
+                unsafe { (context.verbs.ibv_destroy_comp_channel)(hardware) };
+                return Err(error);
+            }
+        };
+        let channel = Arc::new(Self { context, pipe, hardware: AtomicPtr::new(hardware) });
+        channels.push(Arc::clone(&channel));
+        crate::agent::wake();
+        Ok(channel)
+    }
+
+    /// A channel that no completion queue has used yet still has the kernel's file; a pipe takes its place.
+    pub(crate) fn adopt_unused(context: &'static Context, fd: RawFd) -> Verb<()> {
+        let pipe = EventPipe::under(fd, size_of::<u64>())?;
+        process().channels().push(Arc::new(Self { context, pipe, hardware: AtomicPtr::default() }));
+        Ok(())
+    }
+
+    fn create_hardware(context: &Context) -> Verb<*mut ibv_comp_channel> {
+        // SAFETY: the gate is held or closed, so the hardware's context is open.
+        unsafe {
+            let channel = context.verbs.pointer((context.verbs.ibv_create_comp_channel)(context.hardware()))?;
+            set_nonblocking((*channel).fd);
+            Ok(channel)
+        }
+    }
+
+    pub(crate) fn hardware(&self) -> *mut ibv_comp_channel {
+        self.hardware.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn belongs_to(&self, context: &Context) -> bool {
+        std::ptr::eq(self.context, context)
+    }
+
+    pub(crate) fn context(&self) -> &'static Context {
+        self.context
+    }
+
+    /// Lets go of the hardware's channel. Its completion queues are gone.
+    pub(crate) fn release(&self) {
+        let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        if !hardware.is_null() {
+            // SAFETY: the device's own, without users.
+            unsafe { (self.context.verbs.ibv_destroy_comp_channel)(hardware) };
+        }
+    }
+
+    /// Takes a fresh one.
+    pub(crate) fn rebuild(&self) -> Verb<()> {
+        self.hardware.store(Self::create_hardware(self.context)?, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+pub(crate) fn set_nonblocking(fd: RawFd) {
+    // SAFETY: only a file descriptor number is involved.
+    unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK);
+    }
+}
+
+fn inode(fd: RawFd) -> Verb<Inode> {
+    // SAFETY: all zeroes is a valid `stat`, and fstat only writes into it.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        match libc::fstat(fd, &raw mut stat) {
+            0 => Ok(Inode(stat.st_dev, stat.st_ino)),
+            _ => Err(Errno::last()),
+        }
+    }
+}
+
+/// Bytes that wait in a pipe.
+fn unread(fd: RawFd) -> usize {
+    let mut bytes = 0;
+    // SAFETY: FIONREAD writes one int.
+    let answer = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut bytes) };
+    if answer == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+}

@@ -1,0 +1,483 @@
+//! Completion queues: polling, notification, and what is held back while the gate is closed.
+
+use std::cell::UnsafeCell;
+use std::collections::VecDeque;
+use std::ffi::c_int;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use rdma_core_sys::{IBV_WC_RECV, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc};
+
+use super::AppCq;
+use super::channel::Channel;
+use super::context::Context;
+use super::lock::{QueueGuard, QueueLock};
+use super::process::{Registered, process};
+use super::queue_pair::QueuePair;
+use crate::errno::{Errno, Verb};
+use crate::log::SlotHead;
+
+/// Why a poll cannot simply go to the hardware. Zero is the fast path.
+const HELD: u32 = 1;
+const CLOSED: u32 = 2;
+const TRANSLATE: u32 = 4;
+
+/// Marks the owner of a [`SlotHead`] as a shared receive queue (objects are aligned, the bit is free).
+pub(crate) const SHARED: usize = 1;
+
+type Poll = unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int;
+
+/// A completion queue; the application's object is its first field.
+#[derive(Debug)]
+#[repr(C)]
+pub struct CompletionQueue {
+    app: AppCq,
+    lock: QueueLock,
+    state: UnsafeCell<State>,
+    pub(crate) context: &'static Context,
+    channel: Option<Arc<Channel>>,
+    vector: c_int,
+    /// Events written to the application's channel. Changed under `Process::events` only.
+    delivered: AtomicU32,
+    index: AtomicUsize,
+}
+
+// SAFETY: `state` is only touched under `lock`; the application's fields are libibverbs' business.
+unsafe impl Sync for CompletionQueue {}
+
+#[derive(Debug)]
+struct State {
+    general: u32,
+    hardware: *mut ibv_cq,
+    poll: Poll,
+    /// Completions that are the application's already, oldest first.
+    held: VecDeque<ibv_wc>,
+    /// Entries the application asked for.
+    capacity: c_int,
+    /// How often a notification was asked for, the kind of the last, and how many were given.
+    arms: u64,
+    solicited_only: c_int,
+    events: u64,
+}
+
+/// `ibv_create_cq`.
+///
+/// # Safety
+/// As `ibv_create_cq` demands.
+///
+/// # Errors
+/// What the device answers.
+pub unsafe fn create(
+    app: *mut ibv_context,
+    capacity: c_int,
+    channel: *mut ibv_comp_channel,
+    vector: c_int,
+) -> Verb<*mut ibv_cq> {
+    let _inside = process().gate.enter();
+    process().check_owner()?;
+    let context = process().context(app)?;
+    let channel = match channel.is_null() {
+        true => None,
+        // SAFETY: as the caller vouches; the gate is held.
+        false => Some(unsafe { Channel::of(context, channel)? }),
+    };
+    let state = State {
+        general: if process().translates() { TRANSLATE } else { 0 },
+        hardware: std::ptr::null_mut(),
+        poll: poll_nothing,
+        held: VecDeque::new(),
+        capacity,
+        arms: 0,
+        solicited_only: 0,
+        events: 0,
+    };
+    let queue = Box::new(CompletionQueue {
+        app: AppCq::default(),
+        lock: QueueLock::default(),
+        state: UnsafeCell::new(state),
+        context,
+        channel,
+        vector,
+        delivered: AtomicU32::new(0),
+        index: AtomicUsize::new(0),
+    });
+    queue.rebuild()?;
+    let queue = Box::leak(queue);
+    // SAFETY: `app` is ours until it is returned; the hardware's object was made just now.
+    unsafe {
+        queue.app.public.context = app;
+        queue.app.public.cqe = (*(*queue.state.get()).hardware).cqe;
+        queue.app.public.handle = (*(*queue.state.get()).hardware).handle;
+    }
+    let index = context.objects().completion_queues.insert(Registered((&*queue).into()));
+    queue.index.store(index, Ordering::Relaxed);
+    // SAFETY: the field is in place for as long as the queue is.
+    Ok(unsafe { &raw mut *queue.app.public })
+}
+
+/// `ibv_destroy_cq`: waits, as the hardware's does, until every event that was handed out is acknowledged.
+///
+/// # Safety
+/// `app` must come from [`create`] and not be used after success.
+///
+/// # Errors
+/// What the device answers: `EBUSY` while a queue pair uses it.
+pub unsafe fn destroy(app: *mut ibv_cq) -> Verb<()> {
+    process().check_owner()?;
+    // SAFETY: as the caller vouches.
+    let queue = unsafe { CompletionQueue::of(app) };
+    let delivered = {
+        let _inside = process().gate.enter();
+        let _events = process().events();
+        let mut state = queue.lock();
+        if !state.hardware.is_null() {
+            // SAFETY: the device's own; nobody polls it, as the lock is held.
+            Errno::check(unsafe { (queue.context.verbs.ibv_destroy_cq)(state.hardware) })?;
+        }
+        state.hardware = std::ptr::null_mut();
+        state.poll = poll_nothing;
+        queue.context.objects().completion_queues.remove(queue.index.load(Ordering::Relaxed));
+        drop(state);
+        let pointer = (app.expose_provenance() as u64).to_ne_bytes();
+        let unread = queue.channel.as_ref().map_or(0, |channel| channel.pipe.purge(|event| event == pointer));
+        queue.delivered.load(Ordering::Relaxed).wrapping_sub(unread)
+    };
+    // SAFETY: libibverbs initialized mutex and condition when the queue was created; `ibv_ack_cq_events` uses both.
+    unsafe {
+        let public = &mut *app;
+        libc::pthread_mutex_lock(&raw mut public.mutex);
+        while public.comp_events_completed != delivered {
+            libc::pthread_cond_wait(&raw mut public.cond, &raw mut public.mutex);
+        }
+        libc::pthread_mutex_unlock(&raw mut public.mutex);
+        drop(Box::from_raw(app.cast::<CompletionQueue>()));
+    }
+    Ok(())
+}
+
+/// `ibv_resize_cq`.
+///
+/// # Safety
+/// `app` must come from [`create`].
+///
+/// # Errors
+/// What the device answers.
+pub unsafe fn resize(app: *mut ibv_cq, capacity: c_int) -> Verb<()> {
+    let _inside = process().gate.enter();
+    process().check_owner()?;
+    // SAFETY: as the caller vouches.
+    let queue = unsafe { CompletionQueue::of(app) };
+    let mut state = queue.lock();
+    // SAFETY: the gate is held, so the hardware is there; nobody polls, as the lock is held.
+    unsafe {
+        Errno::check((queue.context.verbs.ibv_resize_cq)(state.hardware, capacity))?;
+        (*app).cqe = (*state.hardware).cqe;
+    }
+    state.capacity = capacity;
+    Ok(())
+}
+
+/// `ibv_poll_cq`.
+///
+/// # Safety
+/// `app` must come from [`create`]; `completions` must have room for `count`.
+#[inline]
+pub unsafe fn poll(app: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> c_int {
+    // SAFETY: as the caller vouches.
+    let queue = unsafe { CompletionQueue::of(app) };
+    let state = queue.lock();
+    if state.general != 0 {
+        // SAFETY: as the caller vouches.
+        return unsafe { poll_general(queue, state, count, completions) };
+    }
+    // SAFETY: `hardware` is there while the queue is neither closed nor held; its completions carry our `wr_id`s.
+    unsafe {
+        let got = (state.poll)(state.hardware, count, completions);
+        let mut at = completions;
+        for _ in 0..got {
+            let head = SlotHead::of((*at).wr_id);
+            (*at).wr_id = head.app_wr_id;
+            (*head.retire).store(head.wr_id(), Ordering::Release);
+            at = at.add(1);
+        }
+        got
+    }
+}
+
+#[cold]
+unsafe fn poll_general(
+    queue: &CompletionQueue,
+    mut state: Locked<'_>,
+    count: c_int,
+    completions: *mut ibv_wc,
+) -> c_int {
+    let room = usize::try_from(count).unwrap_or(0);
+    if state.general & HELD != 0 {
+        let serve = room.min(state.held.len());
+        for (index, completion) in state.held.drain(..serve).enumerate() {
+            // SAFETY: the caller vouches for `count` entries.
+            unsafe { completions.add(index).write(completion) };
+        }
+        if state.held.is_empty() {
+            state.general &= !HELD;
+        }
+        return serve as c_int;
+    }
+    if state.general & CLOSED != 0 {
+        return 0;
+    }
+    // SAFETY: not closed, so the hardware is there.
+    unsafe {
+        let got = (state.poll)(state.hardware, count, completions);
+        for index in 0..usize::try_from(got).unwrap_or(0) {
+            queue.hand_over(&mut *completions.add(index));
+        }
+        got
+    }
+}
+
+/// `ibv_req_notify_cq`.
+///
+/// # Safety
+/// `app` must come from [`create`].
+pub unsafe fn request_notification(app: *mut ibv_cq, solicited_only: c_int) -> c_int {
+    // SAFETY: as the caller vouches.
+    let queue = unsafe { CompletionQueue::of(app) };
+    let mut state = queue.lock();
+    state.arms += 1;
+    state.solicited_only = solicited_only;
+    if state.hardware.is_null() {
+        return 0;
+    }
+    // SAFETY: the hardware is there, and is not released while the lock is held.
+    unsafe { arm(&state) }
+}
+
+unsafe fn arm(state: &State) -> c_int {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        match (*(*state.hardware).context).ops.req_notify_cq {
+            Some(request) => request(state.hardware, state.solicited_only),
+            None => libc::EOPNOTSUPP,
+        }
+    }
+}
+
+unsafe extern "C" fn poll_nothing(_: *mut ibv_cq, _: c_int, _: *mut ibv_wc) -> c_int {
+    0
+}
+
+/// The state, while its lock is held.
+pub(crate) struct Locked<'a> {
+    _guard: QueueGuard<'a>,
+    state: &'a mut State,
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+    #[inline(always)]
+    fn deref(&self) -> &State {
+        self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut State {
+        self.state
+    }
+}
+
+/// What a drain found in a completion queue.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Drained {
+    pub(crate) completions: u64,
+}
+
+impl CompletionQueue {
+    /// # Safety
+    /// `app` must come from [`create`] and not be destroyed while the reference is used.
+    #[inline(always)]
+    pub(crate) unsafe fn of<'a>(app: *mut ibv_cq) -> &'a Self {
+        // SAFETY: as the caller vouches; `app` is the first field.
+        unsafe { &*app.cast::<Self>() }
+    }
+
+    #[inline(always)]
+    fn lock(&self) -> Locked<'_> {
+        let guard = self.lock.lock();
+        // SAFETY: the lock is held.
+        Locked { _guard: guard, state: unsafe { &mut *self.state.get() } }
+    }
+
+    /// The hardware's queue; null while released.
+    pub(crate) fn hardware(&self) -> *mut ibv_cq {
+        self.lock().hardware
+    }
+
+    pub(crate) fn app(&self) -> *mut ibv_cq {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// Closes the gate of this queue: polls serve what is held back.
+    pub(crate) fn close(&self, limit: Instant) -> bool {
+        let Some(_guard) = self.lock.lock_before(limit) else { return false };
+        // SAFETY: the lock is held.
+        unsafe { (*self.state.get()).general |= CLOSED };
+        true
+    }
+
+    pub(crate) fn open(&self) {
+        self.lock().general &= !CLOSED;
+    }
+
+    pub(crate) fn held(&self) -> u64 {
+        self.lock().held.len() as u64
+    }
+
+    /// Takes all completions from the hardware and holds them back for the application, but for those that `ours`
+    /// recognizes as caused by us, which never happened for the application.
+    pub(crate) fn drain(&self, mut ours: impl FnMut(&ibv_wc) -> bool) -> Drained {
+        const BATCH: usize = 32;
+        let mut found = Drained::default();
+        let mut state = self.lock();
+        if state.hardware.is_null() {
+            return found;
+        }
+        loop {
+            // SAFETY: all zeroes is a valid completion; the hardware is there.
+            let mut batch: [ibv_wc; BATCH] = unsafe { std::mem::zeroed() };
+            // SAFETY: the batch has room.
+            let got = unsafe { (state.poll)(state.hardware, BATCH as c_int, batch.as_mut_ptr()) };
+            let got = usize::try_from(got).unwrap_or(0);
+            for completion in &mut batch[..got] {
+                found.completions += 1;
+                if ours(completion) {
+                    continue;
+                }
+                // SAFETY: a completion of this queue, polled just now.
+                unsafe { self.hand_over(completion) };
+                state.held.push_back(*completion);
+                state.general |= HELD;
+            }
+            if got < BATCH {
+                return found;
+            }
+        }
+    }
+
+    /// Holds back a completion that the hardware never gave but the peer has proven.
+    pub(crate) fn hold(&self, completion: ibv_wc) {
+        let mut state = self.lock();
+        state.held.push_back(completion);
+        state.general |= HELD;
+    }
+
+    /// Turns a completion of the hardware into the application's, and retires its request.
+    unsafe fn hand_over(&self, completion: &mut ibv_wc) {
+        // SAFETY: all that was posted carries the address of its entry.
+        let head = unsafe { SlotHead::of(completion.wr_id) };
+        completion.wr_id = head.app_wr_id;
+        if process().translates() {
+            // SAFETY: the owner outlives its completions: they are taken from the hardware before it is destroyed.
+            unsafe { self.translate(completion, head) };
+        }
+        // SAFETY: the cell lives as long as its queue. Last, as the entry may be used again from here on.
+        unsafe { (*head.retire).store(head.wr_id(), Ordering::Release) };
+    }
+
+    unsafe fn translate(&self, completion: &mut ibv_wc, head: &SlotHead) {
+        let owner = head.owner;
+        let received = completion.status == IBV_WC_SUCCESS && completion.opcode & IBV_WC_RECV != 0;
+        if owner.addr() & SHARED == 0 {
+            // SAFETY: as the caller vouches.
+            let pair = unsafe { &*owner.cast::<QueuePair>() };
+            completion.qp_num = pair.number().0;
+            if received && pair.is_datagram() {
+                // SAFETY: a received datagram of this pair.
+                unsafe { super::queue_pair::rewrite_datagram(completion, head) };
+            }
+        } else {
+            let table = Arc::clone(&super::process::lock(&self.context.qpns_back));
+            let hardware = completion.qp_num;
+            // One that is in no table is younger than the last restart and means itself.
+            completion.qp_num = table.get(hardware).unwrap_or(hardware);
+            if received && completion.src_qp != 0 {
+                // SAFETY: a receive completed by a queue pair of ours.
+                unsafe { super::queue_pair::rewrite_datagram(completion, head) };
+            }
+        }
+    }
+
+    /// Hands an event of the hardware on. The caller holds `Process::events`.
+    pub(crate) fn notify(&self) {
+        let Some(channel) = &self.channel else { return };
+        let mut state = self.lock();
+        state.events = (state.events + 1).min(state.arms);
+        drop(state);
+        let pointer = (self.app().expose_provenance() as u64).to_ne_bytes();
+        if channel.pipe.write(&pointer) {
+            self.delivered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// An armed queue fires for completions that were held back after the hardware fell silent.
+    pub(crate) fn notify_if_armed(&self) {
+        let armed = {
+            let state = self.lock();
+            state.arms > state.events
+        };
+        if armed {
+            self.notify();
+            let mut state = self.lock();
+            state.events = state.arms;
+        }
+    }
+
+    /// Lets go of the hardware. Its queue pairs are gone and nothing is left in it.
+    pub(crate) fn release(&self) -> Verb<()> {
+        let mut state = self.lock();
+        let hardware = std::mem::replace(&mut state.hardware, std::ptr::null_mut());
+        state.poll = poll_nothing;
+        drop(state);
+        // SAFETY: the device's own, which nobody can reach any more.
+        Errno::check(unsafe { (self.context.verbs.ibv_destroy_cq)(hardware) })
+    }
+
+    /// Takes a fresh one.
+    pub(crate) fn rebuild(&self) -> Verb<()> {
+        let mut state = self.lock();
+        let channel = self.channel.as_ref().map_or(std::ptr::null_mut(), |channel| channel.hardware());
+        let verbs = self.context.verbs;
+        // SAFETY: the context is open; `self` keeps its address until the hardware's queue is destroyed.
+        unsafe {
+            let hardware = verbs.pointer((verbs.ibv_create_cq)(
+                self.context.hardware(),
+                state.capacity,
+                std::ptr::from_ref(self).cast_mut().cast(),
+                channel,
+                self.vector,
+            ))?;
+            state.poll = (*(*hardware).context).ops.poll_cq.ok_or(Errno::NOT_SUPPORTED)?;
+            state.hardware = hardware;
+        }
+        Ok(())
+    }
+
+    /// After a restart: numbers may differ, and a notification that was asked for and not given is asked for again.
+    pub(crate) fn resume(&self) {
+        let mut state = self.lock();
+        state.general |= TRANSLATE;
+        if state.arms > state.events {
+            state.events = state.arms - 1;
+            // SAFETY: rebuilt, so the hardware is there.
+            unsafe { arm(&state) };
+        }
+    }
+}
+
+/// Was this completion made by moving a queue pair to the error state?
+pub(crate) fn is_flushed(completion: &ibv_wc) -> bool {
+    completion.status == IBV_WC_WR_FLUSH_ERR
+}

@@ -1,0 +1,248 @@
+//! An open device.
+
+use std::collections::HashSet;
+use std::ffi::{CStr, CString};
+use std::os::fd::RawFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use rdma_core_sys::{ibv_context, ibv_device_attr_ex, ibv_port_attr, ibv_query_device_ex_input};
+use slab::Slab;
+
+use super::address_handle::AddressHandle;
+use super::channel::EventPipe;
+use super::completion_queue::CompletionQueue;
+use super::memory_region::MemoryRegion;
+use super::process::{Registered, lock, process};
+use super::protection_domain::ProtectionDomain;
+use super::queue_pair::QueuePair;
+use super::shared_receive_queue::SharedReceiveQueue;
+use crate::control::message::PortNumbers;
+use crate::device::{self, Verbs};
+use crate::errno::{Errno, Verb};
+use crate::handle::VirtualKey;
+use crate::translate::KeyTable;
+
+/// An open device, from `ibv_open_device` to `ibv_close_device`.
+#[derive(Debug)]
+pub struct Context {
+    app: *mut ibv_context,
+    pub(crate) verbs: &'static Verbs,
+    hardware: AtomicPtr<ibv_context>,
+    pub(crate) objects: Mutex<Objects>,
+    /// Where asynchronous events are handed to the application.
+    pub(crate) events: EventPipe,
+    names: Mutex<Names>,
+    /// Local keys, from the first restart on: every live one is here.
+    pub(crate) lkeys: KeyTable,
+    /// Hardware queue pair numbers back to virtual ones, for completions of shared receive queues.
+    pub(crate) qpns_back: Mutex<std::sync::Arc<KeyTable>>,
+    /// Remote keys published at the last restart. Peers keep them until the next, so none is given out again before.
+    pub(crate) reserved_rkeys: Mutex<HashSet<VirtualKey>>,
+    /// Ports as first seen beside as they are now; empty before the first restart.
+    pub(crate) ports: Mutex<Vec<PortNumbers>>,
+}
+
+// SAFETY: `app` is libibverbs' object, used for its identity and its file descriptor number only; the rest is shared by
+// its own types.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+#[derive(Clone, Debug)]
+struct Names {
+    /// At the first open; never changes.
+    first: CString,
+    /// Of the device below now.
+    hardware: CString,
+}
+
+/// All objects of a context.
+#[derive(Debug, Default)]
+pub struct Objects {
+    pub(crate) domains: Slab<Registered<ProtectionDomain>>,
+    pub(crate) regions: Slab<Registered<MemoryRegion>>,
+    pub(crate) completion_queues: Slab<Registered<CompletionQueue>>,
+    pub(crate) shared_queues: Slab<Registered<SharedReceiveQueue>>,
+    pub(crate) queue_pairs: Slab<Registered<QueuePair>>,
+    pub(crate) address_handles: Slab<Registered<AddressHandle>>,
+}
+
+/// What `ibv_open_device` must find in the context it returns.
+#[derive(Debug)]
+pub struct Opened {
+    /// For `context->async_fd`.
+    pub async_fd: RawFd,
+    /// For `context->num_comp_vectors`.
+    pub completion_vectors: i32,
+}
+
+/// Opens the device `name` below `app`, whose command file is replaced by the hardware's under the same number, so that
+/// what libibverbs asks the kernel past the provider is answered by the device below.
+///
+/// # Safety
+/// `app` must be the context that libibverbs is opening, with `cmd_fd` set.
+///
+/// # Errors
+/// Those of the device.
+pub unsafe fn open(app: *mut ibv_context, name: &CStr, verbs: &'static Verbs) -> Verb<Opened> {
+    let process = process();
+    process.check_owner()?;
+    let _inside = process.gate.enter();
+    let hardware = verbs.open(name)?;
+    let result = (|| {
+        let events = EventPipe::new(size_of::<[u64; 2]>())?;
+        let async_fd = events.read_fd();
+        // SAFETY: both contexts are open.
+        unsafe { replace_command_file((*app).cmd_fd, device::command_fd(hardware))? };
+        let names = Names { first: name.to_owned(), hardware: name.to_owned() };
+        let context: &'static Context = Box::leak(Box::new(Context {
+            app,
+            verbs,
+            hardware: AtomicPtr::new(hardware),
+            objects: Mutex::default(),
+            events,
+            names: Mutex::new(names),
+            lkeys: KeyTable::default(),
+            qpns_back: Mutex::default(),
+            reserved_rkeys: Mutex::default(),
+            ports: Mutex::default(),
+        }));
+        // SAFETY: the context is open.
+        let completion_vectors = unsafe { (*hardware).num_comp_vectors };
+        context.watch_hardware_events();
+        process.add_context(context);
+        Ok(Opened { async_fd, completion_vectors })
+    })();
+    if result.is_err() {
+        // SAFETY: opened above, not used any more.
+        unsafe { (verbs.ibv_close_device)(hardware) };
+    }
+    crate::agent::start();
+    result
+}
+
+/// Puts a duplicate of `from` under the number `to`, keeping close-on-exec.
+pub(crate) fn replace_command_file(to: RawFd, from: RawFd) -> Verb<()> {
+    // SAFETY: only file descriptor numbers are involved.
+    match unsafe { libc::dup3(from, to, libc::O_CLOEXEC) } {
+        -1 => Err(Errno::last()),
+        _ => Ok(()),
+    }
+}
+
+/// Closes the hardware below `app` and forgets the context. What libibverbs made is the caller's to free.
+///
+/// # Errors
+/// `EINVAL` if `app` is not one of ours.
+pub fn close(app: *mut ibv_context) -> Verb<()> {
+    let process = process();
+    if process.is_disowned() {
+        return Ok(());
+    }
+    let _inside = process.gate.enter();
+    let context = process.context(app)?;
+    let _events = process.events();
+    process.remove_context(context);
+    process.channels().retain(|channel| !channel.belongs_to(context));
+    // SAFETY: the application has no object of this context any more, or may not use it; nobody finds it in the registry.
+    unsafe { (context.verbs.ibv_close_device)(context.hardware()) };
+    context.set_hardware(std::ptr::null_mut());
+    // The agent may still be looking at it, and a context is small: it is left where it is, without its pipe's other end.
+    context.events.close_writer();
+    crate::agent::wake();
+    Ok(())
+}
+
+impl Context {
+    #[must_use]
+    pub fn app(&self) -> *mut ibv_context {
+        self.app
+    }
+
+    /// The context of the device below; null while released.
+    #[must_use]
+    pub fn hardware(&self) -> *mut ibv_context {
+        self.hardware.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_hardware(&self, hardware: *mut ibv_context) {
+        self.hardware.store(hardware, Ordering::Release);
+    }
+
+    /// The name at the first open.
+    #[must_use]
+    pub fn name(&self) -> String {
+        lock(&self.names).first.to_string_lossy().into_owned()
+    }
+
+    /// The name of the device below.
+    #[must_use]
+    pub fn hardware_name(&self) -> String {
+        lock(&self.names).hardware.to_string_lossy().into_owned()
+    }
+
+    pub(crate) fn set_hardware_name(&self, name: &CStr) {
+        lock(&self.names).hardware = name.to_owned();
+    }
+
+    pub(crate) fn reserves_rkey(&self, key: VirtualKey) -> bool {
+        lock(&self.reserved_rkeys).contains(&key)
+    }
+
+    pub(crate) fn objects(&self) -> std::sync::MutexGuard<'_, Objects> {
+        lock(&self.objects)
+    }
+
+    /// The agent reads the hardware's events; a read must never block it.
+    pub(crate) fn watch_hardware_events(&self) {
+        // SAFETY: the context is open and its event file is its own.
+        unsafe { super::channel::set_nonblocking((*self.hardware()).async_fd) };
+        crate::agent::wake();
+    }
+}
+
+/// `ibv_query_device_ex`.
+///
+/// # Safety
+/// As `ibv_query_device_ex` demands of its arguments; `attr` has room for `size` bytes.
+///
+/// # Errors
+/// What the device answers.
+pub unsafe fn query_device(
+    app: *mut ibv_context,
+    input: *const ibv_query_device_ex_input,
+    attr: *mut ibv_device_attr_ex,
+    size: usize,
+) -> Verb<()> {
+    let _inside = process().gate.enter();
+    process().check_owner()?;
+    let context = process().context(app)?;
+    // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
+    unsafe {
+        device::query_device_ex(context.hardware(), input, attr, size)?;
+        // Verbs we do not have must not be announced: a program would rely on them and fail later.
+        (*attr).orig_attr.max_mw = 0;
+    }
+    Ok(())
+}
+
+/// `ibv_query_port`.
+///
+/// # Safety
+/// `attr` must be valid for writes.
+///
+/// # Errors
+/// What the device answers.
+pub unsafe fn query_port(app: *mut ibv_context, port: u8, attr: *mut ibv_port_attr) -> Verb<()> {
+    let _inside = process().gate.enter();
+    process().check_owner()?;
+    let context = process().context(app)?;
+    // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
+    unsafe { device::query_port(context.hardware(), port, attr)? };
+    if let Some(known) = lock(&context.ports).iter().find(|known| known.port == port) {
+        // SAFETY: written by the device just now.
+        unsafe { (*attr).lid = known.lid.0.0 };
+    }
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! Addresses in the job's terms and in the hardware's.
+
+use std::sync::Arc;
+
+use rdma_core_sys::{IBV_QP_AV, IBV_QP_DEST_QPN, ibv_ah_attr, ibv_qp_attr};
+
+use super::QueuePair;
+use super::attributes::Attributes;
+use crate::errno::{Errno, Verb};
+use crate::handle::{VirtualGid, VirtualLid, VirtualQpn};
+use crate::translate::{Address, Directory};
+use crate::virt::address_handle::address_of;
+use crate::virt::context::Context;
+use crate::virt::process::{lock, process};
+
+/// The address vector that reaches today what this one reached when the application made it. `None` if no process of the
+/// job is there: an old address may belong to somebody else by now and is never used as it stands.
+pub(crate) fn translate_address(
+    context: &Context,
+    directory: &Directory,
+    attr: &ibv_ah_attr,
+) -> Option<ibv_ah_attr> {
+    let mut translated = *attr;
+    if attr.is_global != 0 {
+        // SAFETY: both views of a GID are plain bytes.
+        let gid = VirtualGid(unsafe { attr.grh.dgid.raw });
+        translated.grh.dgid.raw = if is_multicast(&gid) { gid.0 } else { directory.gid(gid)?.0 };
+        translated.grh.sgid_index = context.hardware_gid_index(attr.port_num, attr.grh.sgid_index);
+    }
+    if attr.dlid != 0 && attr.dlid < MULTICAST_LID {
+        translated.dlid = match directory.lid(VirtualLid(attr.dlid)) {
+            Some(lid) => lid.0,
+            // RoCE has no LIDs; UCX puts a hash of the address there.
+            None if attr.is_global != 0 => attr.dlid,
+            None => return None,
+        };
+    }
+    Some(translated)
+}
+
+/// Multicast LIDs start here (IBTA 4.1.3).
+const MULTICAST_LID: u16 = 0xc000;
+
+fn is_multicast(gid: &VirtualGid) -> bool {
+    gid.0[0] == 0xff
+}
+
+impl QueuePair {
+    /// The application's attributes as the hardware must get them.
+    pub(super) fn translate_attributes(&self, attr: &ibv_qp_attr, mask: u32) -> Verb<ibv_qp_attr> {
+        let mut translated = *attr;
+        let Some(directory) = process().directory() else { return Ok(translated) };
+        let known = lock(&self.attributes).all().0;
+        let vector = if mask & IBV_QP_AV != 0 { &attr.ah_attr } else { &known.ah_attr };
+        if mask & IBV_QP_AV != 0 {
+            translated.ah_attr = translate_address(self.context, &directory, vector).ok_or(Errno::INVALID)?;
+        }
+        if mask & IBV_QP_DEST_QPN != 0 {
+            // A number that is in no table is younger than the restart and means itself.
+            let peer = directory.peer(address_of(vector), VirtualQpn(attr.dest_qp_num));
+            translated.dest_qp_num = peer.map_or(attr.dest_qp_num, |peer| peer.qpn.0);
+        }
+        Ok(translated)
+    }
+
+    /// Remote keys are the peer's.
+    pub(super) fn learn_peer(&self, attributes: &Attributes) {
+        let peer = process().directory().and_then(|directory| {
+            let (address, qpn) = attributes.peer()?;
+            Some(directory.peer(address, qpn)?.clone())
+        });
+        self.send.set_peer_keys(peer.map(|peer| Arc::clone(&peer.keys)));
+    }
+
+    /// How this queue pair is addressed: every address of its port.
+    pub(crate) fn peer_name(&self) -> Option<(Address, VirtualQpn)> {
+        lock(&self.attributes).peer()
+    }
+
+    #[must_use]
+    pub fn port(&self) -> u8 {
+        lock(&self.attributes).port()
+    }
+}

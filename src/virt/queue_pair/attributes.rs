@@ -1,0 +1,130 @@
+//! What the application has set on a queue pair, in its own terms.
+
+use rdma_core_sys::{
+    IBV_QP_ACCESS_FLAGS, IBV_QP_ALT_PATH, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
+    IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT, IBV_QP_QKEY,
+    IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT, IBV_QPS_RESET,
+    ibv_qp_attr, ibv_qp_state,
+};
+
+use crate::handle::{Psn, VirtualQpn};
+use crate::translate::Address;
+
+/// The sum of all successful `ibv_modify_qp`.
+#[derive(Clone, Copy)]
+pub(super) struct Attributes {
+    attr: ibv_qp_attr,
+    mask: u32,
+    /// The state the application brought it to. The hardware's may be SQE or ERR on its own account.
+    pub(super) state: ibv_qp_state,
+    /// State of the hardware when it was released, for the rebuild.
+    pub(super) released_state: ibv_qp_state,
+    /// The PSN the rebuilt queue pair starts with.
+    pub(super) fresh_psn: Psn,
+}
+
+impl std::fmt::Debug for Attributes {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Attributes").field("mask", &self.mask).field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Default for Attributes {
+    fn default() -> Self {
+        // SAFETY: plain numbers; zero is what a fresh queue pair has.
+        let attr = unsafe { std::mem::zeroed() };
+        Self { attr, mask: 0, state: IBV_QPS_RESET, released_state: IBV_QPS_RESET, fresh_psn: Psn(0) }
+    }
+}
+
+macro_rules! merge {
+    ($self:ident, $attr:ident, $mask:ident; $($flag:ident => $($field:ident),+;)*) => {
+        $(if $mask & $flag != 0 {
+            $($self.attr.$field = $attr.$field;)+
+        })*
+    };
+}
+
+impl Attributes {
+    pub(super) fn merge(&mut self, attr: &ibv_qp_attr, mask: u32) {
+        merge! { self, attr, mask;
+            IBV_QP_PKEY_INDEX => pkey_index;
+            IBV_QP_PORT => port_num;
+            IBV_QP_QKEY => qkey;
+            IBV_QP_ACCESS_FLAGS => qp_access_flags;
+            IBV_QP_AV => ah_attr;
+            IBV_QP_ALT_PATH => alt_ah_attr, alt_pkey_index, alt_port_num, alt_timeout;
+            IBV_QP_PATH_MTU => path_mtu;
+            IBV_QP_DEST_QPN => dest_qp_num;
+            IBV_QP_RQ_PSN => rq_psn;
+            IBV_QP_SQ_PSN => sq_psn;
+            IBV_QP_MAX_DEST_RD_ATOMIC => max_dest_rd_atomic;
+            IBV_QP_MAX_QP_RD_ATOMIC => max_rd_atomic;
+            IBV_QP_MIN_RNR_TIMER => min_rnr_timer;
+            IBV_QP_TIMEOUT => timeout;
+            IBV_QP_RETRY_CNT => retry_cnt;
+            IBV_QP_RNR_RETRY => rnr_retry;
+        }
+        self.mask |= mask;
+        if mask & IBV_QP_STATE != 0 {
+            self.state = attr.qp_state;
+        }
+    }
+
+    /// The queue pair was reset.
+    pub(super) fn forget(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Everything set so far, and which of it was.
+    pub(super) fn all(&self) -> (ibv_qp_attr, u32) {
+        (self.attr, self.mask)
+    }
+
+    /// Puts what the application knows into the answer of a query.
+    pub(super) fn show(&self, attr: &mut ibv_qp_attr) {
+        let known = &self.attr;
+        if self.mask & IBV_QP_AV != 0 {
+            attr.ah_attr = known.ah_attr;
+        }
+        if self.mask & IBV_QP_DEST_QPN != 0 {
+            attr.dest_qp_num = known.dest_qp_num;
+        }
+        if self.mask & IBV_QP_PATH_MTU != 0 {
+            attr.path_mtu = known.path_mtu;
+        }
+        if self.mask & IBV_QP_PORT != 0 {
+            attr.port_num = known.port_num;
+        }
+        if self.mask & IBV_QP_PKEY_INDEX != 0 {
+            attr.pkey_index = known.pkey_index;
+        }
+        if self.mask & IBV_QP_SQ_PSN != 0 {
+            attr.sq_psn = known.sq_psn;
+        }
+        if self.mask & IBV_QP_RQ_PSN != 0 {
+            attr.rq_psn = known.rq_psn;
+        }
+    }
+
+    pub(super) fn port(&self) -> u8 {
+        self.attr.port_num
+    }
+
+    /// Where the peer is, once the queue pair has been told.
+    pub(super) fn peer(&self) -> Option<(Address, VirtualQpn)> {
+        (self.mask & IBV_QP_DEST_QPN != 0).then(|| {
+            let address = crate::virt::address_handle::address_of(&self.attr.ah_attr);
+            (address, VirtualQpn(self.attr.dest_qp_num))
+        })
+    }
+
+    pub(super) fn first_psn(&self) -> Psn {
+        Psn(0).advance(self.attr.sq_psn)
+    }
+
+    /// Bytes of the path MTU (`enum ibv_mtu`: 1 is 256).
+    pub(super) fn mtu_bytes(&self) -> u32 {
+        128 << self.attr.path_mtu.clamp(1, 5)
+    }
+}

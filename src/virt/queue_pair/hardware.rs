@@ -1,0 +1,287 @@
+//! The hardware's queue pair below: made, let go of, made again, connected again.
+
+use std::ffi::c_void;
+use std::sync::atomic::Ordering;
+
+use rdma_core_sys::{
+    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC, IBV_QP_MAX_QP_RD_ATOMIC,
+    IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT, IBV_QP_QKEY, IBV_QP_RETRY_CNT,
+    IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT,
+    IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, ibv_ah_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
+    ibv_qp_state, ibv_recv_wr,
+};
+
+use super::QueuePair;
+use super::address::translate_address;
+use super::attributes::Attributes;
+use crate::control::message::QueuePairNumbers;
+use crate::errno::{Errno, Verb};
+use crate::handle::{HardwareQpn, Psn};
+use crate::translate::Directory;
+use crate::virt::process::lock;
+use crate::virt::receive_queue::PostReceive;
+
+impl QueuePair {
+    /// Creates the hardware's queue pair, again and again until `refuse` lets its number pass; then gives back the others.
+    /// At most one more than there are numbers to refuse, as those refused are held meanwhile.
+    pub(super) fn create_hardware(&mut self, refuse: impl Fn(HardwareQpn) -> bool) -> Verb<()> {
+        let mut burnt = Vec::new();
+        let result = loop {
+            match self.create_one() {
+                // SAFETY: the device's own object, just made.
+                Ok((made, _)) if refuse(HardwareQpn(unsafe { (*made).qp_num })) => burnt.push(made),
+                other => break other,
+            }
+        };
+        for made in burnt {
+            // SAFETY: made above, never handed out.
+            unsafe { (self.context.verbs.ibv_destroy_qp)(made) };
+        }
+        let (made, init) = result?;
+        self.capacity = init.cap;
+        self.hardware.store(made, Ordering::Release);
+        Ok(())
+    }
+
+    fn create_one(&self) -> Verb<(*mut ibv_qp, ibv_qp_init_attr)> {
+        let verbs = self.context.verbs;
+        // SAFETY: the objects named outlive the queue pair; the gate is held or closed by us.
+        unsafe {
+            let mut init = ibv_qp_init_attr {
+                qp_context: std::ptr::from_ref(self).cast_mut().cast::<c_void>(),
+                send_cq: (*self.send_completions).hardware(),
+                recv_cq: (*self.receive_completions).hardware(),
+                srq: self.shared.as_ref().map_or(std::ptr::null_mut(), |shared| shared.hardware()),
+                cap: self.capacity,
+                qp_type: self.kind,
+                sq_sig_all: i32::from(self.signal_all),
+            };
+            let made = verbs.pointer((verbs.ibv_create_qp)((*self.domain).hardware(), &raw mut init))?;
+            Ok((made, init))
+        }
+    }
+
+    pub(super) fn attach_send_queue(&self) -> Verb<()> {
+        // SAFETY: the hardware is there.
+        let post = unsafe { (*(*self.hardware()).context).ops.post_send.ok_or(Errno::NOT_SUPPORTED)? };
+        self.send.attach(self.hardware(), post);
+        Ok(())
+    }
+
+    pub(super) fn attach_receive_queue(&self) -> Verb<()> {
+        // SAFETY: the hardware is there. The two signatures differ in the type of the queue alone.
+        let post = unsafe {
+            let post = (*(*self.hardware()).context).ops.post_recv.ok_or(Errno::NOT_SUPPORTED)?;
+            std::mem::transmute::<
+                unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> i32,
+                PostReceive,
+            >(post)
+        };
+        self.receive.attach(self.hardware().cast(), post);
+        Ok(())
+    }
+
+    /// The state the hardware is in.
+    pub(crate) fn hardware_state(&self) -> Verb<ibv_qp_state> {
+        self.query_hardware(IBV_QP_STATE).map(|attr| attr.qp_state)
+    }
+
+    /// The PSN the hardware's responder expects next.
+    pub(crate) fn expected_psn(&self) -> Verb<Psn> {
+        self.query_hardware(IBV_QP_RQ_PSN).map(|attr| Psn(0).advance(attr.rq_psn))
+    }
+
+    fn query_hardware(&self, mask: u32) -> Verb<ibv_qp_attr> {
+        // SAFETY: zero is valid for both; the hardware is there while the gate is held or closed and not released.
+        unsafe {
+            let (mut attr, mut init): (ibv_qp_attr, ibv_qp_init_attr) = (std::mem::zeroed(), std::mem::zeroed());
+            let verbs = self.context.verbs;
+            Errno::check((verbs.ibv_query_qp)(self.hardware(), &raw mut attr, mask as i32, &raw mut init))?;
+            Ok(attr)
+        }
+    }
+
+    pub(crate) fn move_to_error(&self) -> Verb<()> {
+        // SAFETY: zero is valid.
+        let mut attr: ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attr.qp_state = IBV_QPS_ERR;
+        self.modify_hardware(attr, IBV_QP_STATE)
+    }
+
+    fn modify_hardware(&self, mut attr: ibv_qp_attr, mask: u32) -> Verb<()> {
+        // SAFETY: the hardware is there; `attr` is ours.
+        Errno::check(unsafe { (self.context.verbs.ibv_modify_qp)(self.hardware(), &raw mut attr, mask as i32) })
+    }
+
+    /// Keeps the state to come back to, before anything of ours changes it.
+    pub(crate) fn note_state(&self) -> Verb<()> {
+        let state = self.hardware_state()?;
+        lock(&self.attributes).released_state = state;
+        Ok(())
+    }
+
+    /// It comes back in the error state, as a broken fabric would leave it.
+    pub(crate) fn give_up(&self) {
+        lock(&self.attributes).released_state = IBV_QPS_ERR;
+    }
+
+    pub(crate) fn state_to_restore(&self) -> ibv_qp_state {
+        lock(&self.attributes).released_state
+    }
+
+    pub(crate) fn release(&self) -> Verb<()> {
+        self.send.detach();
+        self.receive.detach();
+        let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        if hardware.is_null() {
+            return Ok(());
+        }
+        // SAFETY: the device's own; its queues are detached.
+        Errno::check(unsafe { (self.context.verbs.ibv_destroy_qp)(hardware) })
+    }
+
+    /// Takes a fresh one, in RESET.
+    ///
+    /// # Errors
+    /// What the device answers; `ENOMEM` if it grants less than the application was promised.
+    pub(crate) fn rebuild(&self) -> Verb<()> {
+        let (made, init) = self.create_one()?;
+        let (had, got) = (&self.capacity, &init.cap);
+        if got.max_send_wr < had.max_send_wr || got.max_recv_wr < had.max_recv_wr || got.max_inline_data < had.max_inline_data
+        {
+            // SAFETY: made above, used by nobody.
+            unsafe { (self.context.verbs.ibv_destroy_qp)(made) };
+            return Err(Errno::NO_MEMORY);
+        }
+        self.hardware.store(made, Ordering::Release);
+        let mut random = [0_u8; 4];
+        // SAFETY: `random` has room for the bytes asked for.
+        unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), libc::GRND_NONBLOCK) };
+        lock(&self.attributes).fresh_psn = Psn(0).advance(u32::from_ne_bytes(random));
+        Ok(())
+    }
+
+    /// What peers must know of the fresh one. `mtu` is log2 of the most the port can do, in bytes.
+    pub(crate) fn numbers(&self, mtu: u8) -> Option<QueuePairNumbers> {
+        let attributes = lock(&self.attributes);
+        let own = attributes.mtu_bytes().trailing_zeros() as u8;
+        Some(QueuePairNumbers {
+            port: attributes.port().max(1),
+            virtual_qpn: self.number,
+            hardware_qpn: self.hardware_number()?,
+            first_psn: attributes.fresh_psn,
+            mtu: own.min(mtu),
+        })
+    }
+
+    /// Brings the fresh one to the state the old one was in, with its receives posted.
+    ///
+    /// # Errors
+    /// What the device answers.
+    pub(crate) fn connect(&self, directory: &Directory, mtu: u8) -> Verb<Connected> {
+        let attributes = *lock(&self.attributes);
+        let target = attributes.released_state;
+        if target == IBV_QPS_RESET {
+            return Ok(Connected::AsBefore);
+        }
+        let (known, set) = attributes.all();
+        self.modify_hardware(
+            ibv_qp_attr { qp_state: IBV_QPS_INIT, ..known },
+            (IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT) | set & (IBV_QP_QKEY | IBV_QP_ACCESS_FLAGS),
+        )?;
+        self.attach_send_queue()?;
+        self.send.translate();
+        if self.shared.is_null() {
+            self.attach_receive_queue()?;
+            self.receive.repost(self.context)?;
+        }
+        if target == IBV_QPS_INIT {
+            return Ok(Connected::AsBefore);
+        }
+        if target == IBV_QPS_ERR {
+            self.move_to_error()?;
+            return Ok(Connected::AsBefore);
+        }
+        let outcome = if self.is_datagram() {
+            self.modify_hardware(ibv_qp_attr { qp_state: IBV_QPS_RTR, ..known }, IBV_QP_STATE)?;
+            self.modify_hardware(ibv_qp_attr { qp_state: IBV_QPS_RTS, sq_psn: attributes.fresh_psn.0, ..known },
+                IBV_QP_STATE | IBV_QP_SQ_PSN)?;
+            Connected::AsBefore
+        } else {
+            self.connect_to_peer(&attributes, directory, mtu)?
+        };
+        if target == IBV_QPS_SQD {
+            self.modify_hardware(ibv_qp_attr { qp_state: IBV_QPS_SQD, ..known }, IBV_QP_STATE)?;
+        }
+        Ok(outcome)
+    }
+
+    fn connect_to_peer(&self, attributes: &Attributes, directory: &Directory, mtu: u8) -> Verb<Connected> {
+        let (known, set) = attributes.all();
+        let found = attributes.peer().and_then(|(address, qpn)| {
+            let vector = translate_address(self.context, directory, &known.ah_attr)?;
+            Some((directory.peer(address, qpn)?, vector))
+        });
+        let mut ready = ibv_qp_attr { qp_state: IBV_QPS_RTR, ..known };
+        let own = attributes.mtu_bytes().trailing_zeros() as u8;
+        let outcome = if let Some((peer, vector)) = found {
+            ready.ah_attr = vector;
+            ready.dest_qp_num = peer.qpn.0;
+            ready.rq_psn = peer.first_psn.0;
+            // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
+            ready.path_mtu = u32::from(own.min(mtu).min(peer.mtu).clamp(8, 12) - 7);
+            self.send.set_peer_keys(Some(std::sync::Arc::clone(&peer.keys)));
+            Connected::AsBefore
+        } else {
+            let (vector, number) = self.context.dead_end(known.port_num, &known.ah_attr)?;
+            ready.ah_attr = vector;
+            ready.dest_qp_num = number.0;
+            ready.path_mtu = u32::from(own.min(mtu).clamp(8, 12) - 7);
+            self.send.set_peer_keys(None);
+            Connected::Parked
+        };
+        let reliable = IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
+        let mask = IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
+        self.modify_hardware(ready, if self.is_reliable() { mask | reliable } else { mask } | set & IBV_QP_ACCESS_FLAGS)?;
+        if attributes.released_state == IBV_QPS_RTR {
+            return Ok(outcome);
+        }
+        let mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
+        let reliable = IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
+        self.modify_hardware(
+            ibv_qp_attr { qp_state: IBV_QPS_RTS, sq_psn: attributes.fresh_psn.0, ..known },
+            if self.is_reliable() { mask | reliable } else { mask },
+        )?;
+        self.send.start(attributes.fresh_psn, 128 << ready.path_mtu);
+        Ok(outcome)
+    }
+
+    /// Opens the gate of the send queue, after what is outstanding or held went down.
+    ///
+    /// # Errors
+    /// What the device answers.
+    pub(crate) fn open(&self) -> Verb<()> {
+        self.send.open(self.context)
+    }
+
+    /// Closes it; `false` if a thread stays inside.
+    pub(crate) fn close(&self, limit: std::time::Instant) -> bool {
+        self.send.close(limit) && self.receive.check(limit)
+    }
+}
+
+/// How a queue pair came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Connected {
+    AsBefore,
+    /// Its peer is gone. It is connected to a queue pair that answers nobody, so that what is sent ends as it would have
+    /// ended: in retries that run out.
+    Parked,
+}
+
+/// The address vector of a port to itself.
+pub(crate) fn own_address(vector: &ibv_ah_attr, gid: [u8; 16]) -> ibv_ah_attr {
+    let mut own = *vector;
+    own.grh.dgid.raw = gid;
+    own
+}

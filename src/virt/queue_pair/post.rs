@@ -1,0 +1,394 @@
+//! Posting: the hot path. docs/work-logs.md has the argument and the budget.
+
+use std::cell::UnsafeCell;
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rdma_core_sys::{
+    IBV_QPT_UD, IBV_SEND_INLINE, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND,
+    IBV_WR_SEND_WITH_IMM, ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_recv_wr, ibv_send_wr, ibv_sge,
+};
+
+use super::QueuePair;
+use crate::errno::{Errno, Verb};
+use crate::handle::{Psn, VirtualKey};
+use crate::log::{SendRing, SendSlot, is_simple};
+use crate::translate::{Directory, KeyTable};
+use crate::virt::address_handle::AddressHandle;
+use crate::virt::context::Context;
+use crate::virt::lock::QueueLock;
+use crate::virt::process::process;
+use crate::virt::receive_queue::local_key;
+
+/// Why a request cannot simply be logged and posted. Zero is the fast path.
+const HOLD: u32 = 1;
+const TRANSLATE: u32 = 2;
+/// Datagrams name our address handle, the hardware wants its own.
+const DATAGRAM: u32 = 4;
+
+/// Equals no key: keys have 32 bits.
+const NO_KEY: (u64, u32) = (u64::MAX, 0);
+
+type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
+
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(super) struct SendQueue {
+    lock: QueueLock,
+    state: UnsafeCell<State>,
+}
+
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct State {
+    general: u32,
+    hardware: *mut ibv_qp,
+    post: PostSend,
+    pub(super) ring: SendRing,
+    /// The first entry that was held; null if none is.
+    held_from: *mut SendSlot,
+    /// The PSN that the first held request will start with.
+    held_psn: u32,
+    capacity: u32,
+    /// Room for the elements of one translated request.
+    elements: Box<[ibv_sge]>,
+    /// Remote keys of the peer; `None` before the first restart, or for a peer that is younger.
+    peer_keys: Option<Arc<KeyTable>>,
+    /// The translation used last, which the next request most likely needs again.
+    last_local: (u64, u32),
+    last_remote: (u64, u32),
+}
+
+/// `ibv_post_send`.
+///
+/// # Safety
+/// As `ibv_post_send` demands.
+#[inline]
+pub unsafe fn post_send(app: *mut ibv_qp, request: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+    // SAFETY: as the caller vouches; `state` is only touched under the lock.
+    unsafe {
+        let pair = QueuePair::of(app);
+        let _guard = pair.send.lock.lock();
+        let state = &mut *pair.send.state.get();
+        let wr = &*request;
+        let odd = wr.next.addr() as u64
+            | u64::from((wr.num_sge ^ 1) as u32)
+            | u64::from(wr.send_flags & IBV_SEND_INLINE)
+            | u64::from(state.general);
+        if odd == 0 && !state.ring.is_at_limit() && is_simple(wr) {
+            let slot = state.ring.log_one(request);
+            let mut refused = std::ptr::null_mut();
+            let code = (state.post)(state.hardware, &raw mut (*slot).wr, &raw mut refused);
+            if code == 0 {
+                state.ring.commit(slot);
+            } else {
+                *bad = request;
+            }
+            return code;
+        }
+        state.post_general(pair.context, request, bad)
+    }
+}
+
+/// `ibv_post_recv`.
+///
+/// # Safety
+/// As `ibv_post_recv` demands.
+#[inline]
+pub unsafe fn post_receive(app: *mut ibv_qp, request: *mut ibv_recv_wr, bad: *mut *mut ibv_recv_wr) -> c_int {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let pair = QueuePair::of(app);
+        pair.receive.post(pair.context, request, bad)
+    }
+}
+
+unsafe extern "C" fn refuse(_: *mut ibv_qp, request: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+    // SAFETY: only called by us, with a place for the answer.
+    unsafe { *bad = request };
+    libc::EINVAL
+}
+
+impl State {
+    /// Chains, inline bytes, several elements, datagrams, translated and held requests, a ring at its limit.
+    #[inline(never)]
+    unsafe fn post_general(
+        &mut self,
+        context: &Context,
+        first: *mut ibv_send_wr,
+        bad: *mut *mut ibv_send_wr,
+    ) -> c_int {
+        // A whole chain goes down in one call where its entries can go down as they are.
+        let together = self.general == 0;
+        let psn_before = self.ring.raw_psn();
+        let mut head: *mut SendSlot = std::ptr::null_mut();
+        let mut tail: *mut SendSlot = std::ptr::null_mut();
+        let mut failed: Option<(*mut ibv_send_wr, Errno)> = None;
+        let mut request = first;
+        // SAFETY: the caller vouches for the chain; entries are the ring's.
+        unsafe {
+            while !request.is_null() {
+                match self.log(request) {
+                    Ok(slot) if together => {
+                        self.ring.commit(slot);
+                        match tail.is_null() {
+                            true => head = slot,
+                            false => (*tail).wr.next = &raw mut (*slot).wr,
+                        }
+                        tail = slot;
+                    }
+                    Ok(slot) => {
+                        if let Err(error) = self.post_or_hold(context, slot) {
+                            failed = Some((request, error));
+                        }
+                    }
+                    Err(error) => failed = Some((request, error)),
+                }
+                if failed.is_some() {
+                    break;
+                }
+                request = (*request).next;
+            }
+            if !head.is_null() {
+                failed = self.post_chain(head, first, psn_before).or(failed);
+            }
+            match failed {
+                Some((request, error)) => {
+                    *bad = request;
+                    error.0
+                }
+                None => 0,
+            }
+        }
+    }
+
+    unsafe fn log(&mut self, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
+        if self.general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
+            return Err(Errno::NO_MEMORY);
+        }
+        if self.ring.is_at_limit() {
+            self.ring.make_room()?;
+        }
+        // SAFETY: as the caller vouches; there is room.
+        unsafe { self.ring.log(request) }
+    }
+
+    /// Posts linked entries; says which of the application's requests was refused.
+    unsafe fn post_chain(
+        &mut self,
+        head: *mut SendSlot,
+        first: *mut ibv_send_wr,
+        psn_before: u32,
+    ) -> Option<(*mut ibv_send_wr, Errno)> {
+        let mut refused = std::ptr::null_mut();
+        // SAFETY: the entries from `head` on were logged just now, in the order of the application's chain.
+        unsafe {
+            let code = (self.post)(self.hardware, &raw mut (*head).wr, &raw mut refused);
+            let (mut slot, mut request, mut psn) = (head, first, psn_before);
+            let mut failed = None;
+            loop {
+                let next = std::mem::replace(&mut (*slot).wr.next, std::ptr::null_mut());
+                if code != 0 && failed.is_none() && (&raw mut (*slot).wr == refused || refused.is_null()) {
+                    failed = Some((request, Errno(code)));
+                    self.ring.undo(slot, psn);
+                }
+                if next.is_null() {
+                    return failed;
+                }
+                psn = (*slot).psn_after;
+                slot = next.cast();
+                request = (*request).next;
+            }
+        }
+    }
+
+    unsafe fn post_or_hold(&mut self, context: &Context, slot: *mut SendSlot) -> Verb<()> {
+        // SAFETY: the entry was logged just now.
+        unsafe {
+            if self.general & HOLD != 0 {
+                if self.held_from.is_null() {
+                    self.held_from = slot;
+                }
+            } else {
+                self.post_slot(context, slot)?;
+            }
+            self.ring.commit(slot);
+        }
+        Ok(())
+    }
+
+    /// Gives a copy of an entry to the hardware, in the hardware's terms. The log stays in the application's.
+    unsafe fn post_slot(&mut self, context: &Context, slot: *mut SendSlot) -> Verb<()> {
+        // SAFETY: an entry of the ring, under the lock; `elements` has room for as many as an entry.
+        unsafe {
+            let mut copy = (*slot).wr;
+            copy.next = std::ptr::null_mut();
+            if self.general & DATAGRAM != 0 {
+                let handle = AddressHandle::of(copy.wr.ud.ah);
+                copy.wr.ud.ah = handle.hardware();
+                copy.wr.ud.remote_qpn = handle.remote_qpn(copy.wr.ud.remote_qpn);
+                if copy.wr.ud.ah.is_null() {
+                    return Err(Errno::INVALID);
+                }
+            }
+            if self.general & TRANSLATE != 0 {
+                if copy.send_flags & IBV_SEND_INLINE == 0 {
+                    for index in 0..copy.num_sge as usize {
+                        let element = *copy.sg_list.add(index);
+                        self.elements[index] = ibv_sge { lkey: self.local(context, &element)?, ..element };
+                    }
+                    copy.sg_list = self.elements.as_mut_ptr();
+                }
+                match copy.opcode {
+                    IBV_WR_SEND | IBV_WR_SEND_WITH_IMM => {}
+                    IBV_WR_RDMA_WRITE | IBV_WR_RDMA_WRITE_WITH_IMM | IBV_WR_RDMA_READ => {
+                        copy.wr.rdma.rkey = self.remote(copy.wr.rdma.rkey);
+                    }
+                    _ => copy.wr.atomic.rkey = self.remote(copy.wr.atomic.rkey),
+                }
+            }
+            let mut refused = std::ptr::null_mut();
+            Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))
+        }
+    }
+
+    #[inline(always)]
+    fn local(&mut self, context: &Context, element: &ibv_sge) -> Verb<u32> {
+        if u64::from(element.lkey) != self.last_local.0 {
+            self.last_local = (u64::from(element.lkey), local_key(context, element)?);
+        }
+        Ok(self.last_local.1)
+    }
+
+    /// A key that is not in the peer's table is younger than the restart and means itself.
+    #[inline(always)]
+    fn remote(&mut self, key: u32) -> u32 {
+        if u64::from(key) != self.last_remote.0 {
+            let found = self.peer_keys.as_ref().map_or(key, |keys| Directory::remote_key(keys, VirtualKey(key)));
+            self.last_remote = (u64::from(key), found);
+        }
+        self.last_remote.1
+    }
+}
+
+impl SendQueue {
+    pub(super) fn new(kind: ibv_qp_type) -> Self {
+        let state = State {
+            general: if kind == IBV_QPT_UD { DATAGRAM } else { 0 },
+            hardware: std::ptr::null_mut(),
+            post: refuse,
+            ring: SendRing::default(),
+            held_from: std::ptr::null_mut(),
+            held_psn: 0,
+            capacity: 0,
+            elements: Box::default(),
+            peer_keys: None,
+            last_local: NO_KEY,
+            last_remote: NO_KEY,
+        };
+        Self { lock: QueueLock::default(), state: UnsafeCell::new(state) }
+    }
+
+    pub(super) fn allocate(&self, capacity: &ibv_qp_cap, owner: *mut c_void) -> Verb<()> {
+        self.with(|state| {
+            if !state.ring.is_allocated() {
+                state.ring =
+                    SendRing::new(capacity.max_send_wr, capacity.max_send_sge, capacity.max_inline_data, owner)?;
+                state.capacity = capacity.max_send_wr;
+                let room = capacity.max_send_sge.max(1) as usize;
+                state.elements = vec![ibv_sge { addr: 0, length: 0, lkey: 0 }; room].into();
+                if process().translates() {
+                    state.general |= TRANSLATE;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    pub(super) fn forget_all(&self) {
+        self.with(|state| {
+            state.ring.forget_all();
+            state.held_from = std::ptr::null_mut();
+        });
+    }
+
+    /// Sending starts at `psn`, in packets of at most `mtu` bytes.
+    pub(super) fn start(&self, psn: Psn, mtu: u32) {
+        self.with(|state| {
+            state.ring.start(psn, mtu);
+            state.held_psn = state.ring.raw_psn();
+        });
+    }
+
+    pub(super) fn set_peer_keys(&self, keys: Option<Arc<KeyTable>>) {
+        self.with(|state| {
+            state.peer_keys = keys;
+            (state.last_local, state.last_remote) = (NO_KEY, NO_KEY);
+        });
+    }
+
+    pub(super) fn attach(&self, hardware: *mut ibv_qp, post: PostSend) {
+        self.with(|state| (state.hardware, state.post) = (hardware, post));
+    }
+
+    pub(super) fn detach(&self) {
+        self.attach(std::ptr::null_mut(), refuse);
+    }
+
+    /// Closes the gate of this queue: from here on requests are logged and held.
+    pub(super) fn close(&self, limit: Instant) -> bool {
+        let Some(_guard) = self.lock.lock_before(limit) else { return false };
+        // SAFETY: the lock is held.
+        let state = unsafe { &mut *self.state.get() };
+        state.general |= HOLD;
+        state.held_psn = state.ring.raw_psn();
+        true
+    }
+
+    /// Opens it, after what was held went down.
+    ///
+    /// # Errors
+    /// The device refused a request that it would have taken; that one and those after it stay held.
+    pub(super) fn open(&self, context: &Context) -> Verb<()> {
+        self.with(|state| {
+            let held = std::mem::replace(&mut state.held_from, std::ptr::null_mut());
+            let mut waiting = state.ring.outstanding().skip_while(|slot| *slot != held);
+            state.ring.continue_at(state.held_psn);
+            let result = waiting.try_for_each(|slot| {
+                // SAFETY: an entry of the ring that the hardware does not have.
+                unsafe {
+                    state.ring.renumber(slot);
+                    state.post_slot(context, slot)
+                }
+            });
+            state.general &= !HOLD;
+            result
+        })
+    }
+
+    /// From the first restart on, requests go down as translated copies.
+    pub(super) fn translate(&self) {
+        self.with(|state| {
+            state.general |= TRANSLATE;
+            (state.last_local, state.last_remote) = (NO_KEY, NO_KEY);
+        });
+    }
+
+    pub(super) fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let _guard = self.lock.lock();
+        // SAFETY: the lock is held.
+        work(unsafe { &mut *self.state.get() })
+    }
+}
+
+impl State {
+    /// From here on the entry, and those after it, count as held: they go down when the gate opens.
+    pub(super) fn hold_from(&mut self, slot: *mut SendSlot) {
+        self.held_from = slot;
+    }
+
+    pub(super) fn held_from(&self) -> *mut SendSlot {
+        self.held_from
+    }
+}
