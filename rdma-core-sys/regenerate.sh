@@ -9,6 +9,6 @@ echo '#include <infiniband/verbs.h>' >"$header"
 "${BINDGEN:-bindgen}" "$header" --output src/verbs.rs \
     --allowlist-type '(ibv|verbs)_.*' --allowlist-type '_compat_.*' --allowlist-var 'IBV_.*' \
     --blocklist-type 'pthread_.*|__pthread.*|timespec|_IO_.*|FILE' --opaque-type 'ibv_flow.*spec.*' \
-    --ignore-functions --use-core --no-doc-comments --default-enum-style consts --no-prepend-enum-name \
+    --ignore-functions --impl-debug --use-core --no-doc-comments --default-enum-style consts --no-prepend-enum-name \
     --raw-line 'use libc::{pthread_cond_t, pthread_mutex_t, timespec};' \
     --rust-target 1.85 --rust-edition 2024

@@ -8,9 +8,10 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::RawFd;
 
 use rdma_core_sys::{
-    ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_device_attr_ex,
-    ibv_gid, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_query_device_ex_input, ibv_srq,
-    ibv_srq_attr, ibv_srq_init_attr, verbs_context,
+    ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device,
+    ibv_device_attr_ex, ibv_gid, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_query_device_ex_input, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
+    verbs_context,
 };
 
 use crate::errno::{Errno, Verb};
@@ -105,7 +106,11 @@ impl Verbs {
     /// # Errors
     /// The device's `errno` where the pointer is null.
     pub fn pointer<T>(&self, result: *mut T) -> Verb<*mut T> {
-        if result.is_null() { Err(self.errno()) } else { Ok(result) }
+        if result.is_null() {
+            Err(self.errno())
+        } else {
+            Ok(result)
+        }
     }
 
     /// Names of the devices there are now.
@@ -161,7 +166,9 @@ impl Verbs {
 #[must_use]
 pub unsafe fn extended(context: *mut ibv_context) -> *mut verbs_context {
     // `verbs_context` grows at its head, so the distance from its end is the same in every release.
-    context.wrapping_byte_sub(std::mem::offset_of!(verbs_context, context)).cast()
+    context
+        .wrapping_byte_sub(std::mem::offset_of!(verbs_context, context))
+        .cast()
 }
 
 /// `ibv_query_device_ex`.
@@ -179,7 +186,9 @@ pub unsafe fn query_device_ex(
 ) -> Verb<()> {
     // SAFETY: as the caller vouches.
     unsafe {
-        let query = (*extended(context)).query_device_ex.ok_or(Errno::NOT_SUPPORTED)?;
+        let query = (*extended(context))
+            .query_device_ex
+            .ok_or(Errno::NOT_SUPPORTED)?;
         Errno::check(query(context, input, attr, size))
     }
 }
@@ -191,10 +200,16 @@ pub unsafe fn query_device_ex(
 ///
 /// # Errors
 /// What the device answers.
-pub unsafe fn query_port(context: *mut ibv_context, port: u8, attr: *mut ibv_port_attr) -> Verb<()> {
+pub unsafe fn query_port(
+    context: *mut ibv_context,
+    port: u8,
+    attr: *mut ibv_port_attr,
+) -> Verb<()> {
     // SAFETY: as the caller vouches.
     unsafe {
-        let query = (*extended(context)).query_port.ok_or(Errno::NOT_SUPPORTED)?;
+        let query = (*extended(context))
+            .query_port
+            .ok_or(Errno::NOT_SUPPORTED)?;
         Errno::check(query(context, port, attr, size_of::<ibv_port_attr>()))
     }
 }

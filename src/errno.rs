@@ -21,7 +21,9 @@ impl Errno {
     /// What the calling thread's last failed system call left.
     #[must_use]
     pub fn last() -> Self {
-        std::io::Error::last_os_error().raw_os_error().map_or(Self::IO, Self)
+        std::io::Error::last_os_error()
+            .raw_os_error()
+            .map_or(Self::IO, Self)
     }
 
     /// Verbs that return an `int` give 0, or a positive errno.

@@ -3,8 +3,12 @@
 //! A verb comes in through the door (the `provider` crate), meets the virtual device here, and goes on to a device below:
 //! see docs/architecture.md for the way of a verb and the way of a checkpoint.
 
+pub mod agent;
+mod checkpoint;
 pub mod control;
 pub mod device;
 pub mod errno;
 pub mod handle;
 pub mod log;
+pub mod translate;
+pub mod virt;

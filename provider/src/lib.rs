@@ -1,21 +1,10 @@
-//! The provider.
+//! The door: a libibverbs provider, C in and C out.
+//!
+//! Nothing but this crate knows libibverbs' private interface. `release` has what differs between its releases, `register`
+//! makes it load us, `verbs` are the operations it calls, and `native` is the second libibverbs that drives the hardware.
 
+mod fork;
+mod native;
 pub mod register;
 pub mod release;
-
-mod verbs {
-    //! No operations yet: a device can be seen, and opening it is refused.
-
-    use rdma_core_sys::ibv_context;
-    use std::ffi::{CStr, c_int, c_void};
-
-    pub(crate) const OPS: &[(&str, *const c_void)] = &[];
-
-    pub(crate) fn opened(
-        _context: *mut ibv_context,
-        _device_name: &CStr,
-        _cmd_fd: c_int,
-    ) -> Result<(), c_int> {
-        Err(libc::EOPNOTSUPP)
-    }
-}
+mod verbs;

@@ -88,6 +88,11 @@ pub unsafe fn uninit_context(context: *mut ibv_context) {
     }
 }
 
+/// A public function of the libibverbs that loaded us, as of version 1.1 of its interface.
+pub(crate) fn public_function(name: &'static CStr) -> Option<*const c_void> {
+    registered().detected.public_function(name)
+}
+
 /// The functions of libibverbs that the provider calls.
 #[derive(Debug)]
 struct Functions {
@@ -299,7 +304,7 @@ unsafe extern "C" fn alloc_context(
         unsafe { (functions.set_ops)(verbs_context, operations.as_ptr()) };
         // SAFETY: context is live and its device is ours.
         let facts = unsafe { sysfs_facts(context) };
-        verbs::opened(context, facts.ibdev_name, cmd_fd)
+        verbs::opened(context, facts.ibdev_name)
     }));
     let error = match opened {
         Ok(Ok(())) => return verbs_context,

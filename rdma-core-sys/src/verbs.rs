@@ -48,6 +48,11 @@ const _: () = {
     ["Offset of field: __atomic_wide_counter::__value32"]
         [::core::mem::offset_of!(__atomic_wide_counter, __value32) - 0usize];
 };
+impl ::core::fmt::Debug for __atomic_wide_counter {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "__atomic_wide_counter {{ union }}")
+    }
+}
 pub type __u16 = ::core::ffi::c_ushort;
 pub type __u32 = ::core::ffi::c_uint;
 pub type __u64 = ::core::ffi::c_ulonglong;
@@ -87,6 +92,14 @@ const _: () = {
     )
         - 0usize];
 };
+impl ::core::fmt::Debug for ib_uverbs_flow_action_esp_encap__bindgen_ty_1 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ib_uverbs_flow_action_esp_encap__bindgen_ty_1 {{ union }}"
+        )
+    }
+}
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub union ib_uverbs_flow_action_esp_encap__bindgen_ty_2 {
@@ -107,6 +120,14 @@ const _: () = {
     )
         - 0usize];
 };
+impl ::core::fmt::Debug for ib_uverbs_flow_action_esp_encap__bindgen_ty_2 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ib_uverbs_flow_action_esp_encap__bindgen_ty_2 {{ union }}"
+        )
+    }
+}
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ib_uverbs_flow_action_esp_encap"]
@@ -118,6 +139,15 @@ const _: () = {
     ["Offset of field: ib_uverbs_flow_action_esp_encap::type_"]
         [::core::mem::offset_of!(ib_uverbs_flow_action_esp_encap, type_) - 18usize];
 };
+impl ::core::fmt::Debug for ib_uverbs_flow_action_esp_encap {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ib_uverbs_flow_action_esp_encap {{ __bindgen_anon_1: {:?}, __bindgen_anon_2: {:?}, len: {:?}, type: {:?} }}",
+            self.__bindgen_anon_1, self.__bindgen_anon_2, self.len, self.type_
+        )
+    }
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ib_uverbs_flow_action_esp {
@@ -177,6 +207,11 @@ const _: () = {
     ["Offset of field: ibv_gid::raw"][::core::mem::offset_of!(ibv_gid, raw) - 0usize];
     ["Offset of field: ibv_gid::global"][::core::mem::offset_of!(ibv_gid, global) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_gid {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_gid {{ union }}")
+    }
+}
 pub const IBV_GID_TYPE_IB: ibv_gid_type = 0;
 pub const IBV_GID_TYPE_ROCE_V1: ibv_gid_type = 1;
 pub const IBV_GID_TYPE_ROCE_V2: ibv_gid_type = 2;
@@ -204,6 +239,11 @@ const _: () = {
     ["Offset of field: ibv_gid_entry::ndev_ifindex"]
         [::core::mem::offset_of!(ibv_gid_entry, ndev_ifindex) - 28usize];
 };
+impl ::core::fmt::Debug for ibv_gid_entry {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_gid_entry {{ gid: {:?} }}", self.gid)
+    }
+}
 pub const IBV_NODE_UNKNOWN: ibv_node_type = -1;
 pub const IBV_NODE_CA: ibv_node_type = 1;
 pub const IBV_NODE_SWITCH: ibv_node_type = 2;
@@ -871,6 +911,11 @@ const _: () = {
     ["Offset of field: ibv_async_event__bindgen_ty_1::port_num"]
         [::core::mem::offset_of!(ibv_async_event__bindgen_ty_1, port_num) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_async_event__bindgen_ty_1 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_async_event__bindgen_ty_1 {{ union }}")
+    }
+}
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ibv_async_event"][::core::mem::size_of::<ibv_async_event>() - 16usize];
@@ -880,6 +925,15 @@ const _: () = {
     ["Offset of field: ibv_async_event::event_type"]
         [::core::mem::offset_of!(ibv_async_event, event_type) - 8usize];
 };
+impl ::core::fmt::Debug for ibv_async_event {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_async_event {{ element: {:?}, event_type: {:?} }}",
+            self.element, self.event_type
+        )
+    }
+}
 pub const IBV_WC_SUCCESS: ibv_wc_status = 0;
 pub const IBV_WC_LOC_LEN_ERR: ibv_wc_status = 1;
 pub const IBV_WC_LOC_QP_OP_ERR: ibv_wc_status = 2;
@@ -984,6 +1038,11 @@ const _: () = {
     ["Offset of field: ibv_wc__bindgen_ty_1::invalidated_rkey"]
         [::core::mem::offset_of!(ibv_wc__bindgen_ty_1, invalidated_rkey) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_wc__bindgen_ty_1 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_wc__bindgen_ty_1 {{ union }}")
+    }
+}
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ibv_wc"][::core::mem::size_of::<ibv_wc>() - 48usize];
@@ -1002,6 +1061,15 @@ const _: () = {
     ["Offset of field: ibv_wc::dlid_path_bits"]
         [::core::mem::offset_of!(ibv_wc, dlid_path_bits) - 45usize];
 };
+impl ::core::fmt::Debug for ibv_wc {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_wc {{ status: {:?}, opcode: {:?}, __bindgen_anon_1: {:?}, wc_flags: {:?} }}",
+            self.status, self.opcode, self.__bindgen_anon_1, self.wc_flags
+        )
+    }
+}
 pub const IBV_ACCESS_LOCAL_WRITE: ibv_access_flags = 1;
 pub const IBV_ACCESS_REMOTE_WRITE: ibv_access_flags = 2;
 pub const IBV_ACCESS_REMOTE_READ: ibv_access_flags = 4;
@@ -1176,6 +1244,11 @@ const _: () = {
     ["Offset of field: ibv_global_route::traffic_class"]
         [::core::mem::offset_of!(ibv_global_route, traffic_class) - 22usize];
 };
+impl ::core::fmt::Debug for ibv_global_route {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_global_route {{ dgid: {:?} }}", self.dgid)
+    }
+}
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct ibv_grh {
@@ -1198,6 +1271,15 @@ const _: () = {
     ["Offset of field: ibv_grh::sgid"][::core::mem::offset_of!(ibv_grh, sgid) - 8usize];
     ["Offset of field: ibv_grh::dgid"][::core::mem::offset_of!(ibv_grh, dgid) - 24usize];
 };
+impl ::core::fmt::Debug for ibv_grh {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_grh {{ version_tclass_flow: {:?}, paylen: {:?}, sgid: {:?}, dgid: {:?} }}",
+            self.version_tclass_flow, self.paylen, self.sgid, self.dgid
+        )
+    }
+}
 pub const IBV_RATE_MAX: ibv_rate = 0;
 pub const IBV_RATE_2_5_GBPS: ibv_rate = 2;
 pub const IBV_RATE_5_GBPS: ibv_rate = 5;
@@ -1250,6 +1332,11 @@ const _: () = {
     ["Offset of field: ibv_ah_attr::port_num"]
         [::core::mem::offset_of!(ibv_ah_attr, port_num) - 30usize];
 };
+impl ::core::fmt::Debug for ibv_ah_attr {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_ah_attr {{ grh: {:?} }}", self.grh)
+    }
+}
 pub const IBV_SRQ_MAX_WR: ibv_srq_attr_mask = 1;
 pub const IBV_SRQ_LIMIT: ibv_srq_attr_mask = 2;
 pub type ibv_srq_attr_mask = ::core::ffi::c_uint;
@@ -1782,6 +1869,22 @@ const _: () = {
     ["Offset of field: ibv_qp_attr::rate_limit"]
         [::core::mem::offset_of!(ibv_qp_attr, rate_limit) - 136usize];
 };
+impl ::core::fmt::Debug for ibv_qp_attr {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_qp_attr {{ qp_state: {:?}, cur_qp_state: {:?}, path_mtu: {:?}, path_mig_state: {:?}, qp_access_flags: {:?}, cap: {:?}, ah_attr: {:?}, alt_ah_attr: {:?} }}",
+            self.qp_state,
+            self.cur_qp_state,
+            self.path_mtu,
+            self.path_mig_state,
+            self.qp_access_flags,
+            self.cap,
+            self.ah_attr,
+            self.alt_ah_attr
+        )
+    }
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ibv_qp_rate_limit_attr {
@@ -1884,6 +1987,11 @@ const _: () = {
     ["Offset of field: ibv_send_wr__bindgen_ty_1::invalidate_rkey"]
         [::core::mem::offset_of!(ibv_send_wr__bindgen_ty_1, invalidate_rkey) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_send_wr__bindgen_ty_1 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_send_wr__bindgen_ty_1 {{ union }}")
+    }
+}
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub union ibv_send_wr__bindgen_ty_2 {
@@ -1964,6 +2072,11 @@ const _: () = {
     ["Offset of field: ibv_send_wr__bindgen_ty_2::ud"]
         [::core::mem::offset_of!(ibv_send_wr__bindgen_ty_2, ud) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_send_wr__bindgen_ty_2 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_send_wr__bindgen_ty_2 {{ union }}")
+    }
+}
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub union ibv_send_wr__bindgen_ty_3 {
@@ -1992,6 +2105,11 @@ const _: () = {
     ["Offset of field: ibv_send_wr__bindgen_ty_3::xrc"]
         [::core::mem::offset_of!(ibv_send_wr__bindgen_ty_3, xrc) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_send_wr__bindgen_ty_3 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_send_wr__bindgen_ty_3 {{ union }}")
+    }
+}
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub union ibv_send_wr__bindgen_ty_4 {
@@ -2049,6 +2167,11 @@ const _: () = {
     ["Offset of field: ibv_send_wr__bindgen_ty_4::tso"]
         [::core::mem::offset_of!(ibv_send_wr__bindgen_ty_4, tso) - 0usize];
 };
+impl ::core::fmt::Debug for ibv_send_wr__bindgen_ty_4 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_send_wr__bindgen_ty_4 {{ union }}")
+    }
+}
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ibv_send_wr"][::core::mem::size_of::<ibv_send_wr>() - 128usize];
@@ -2067,6 +2190,23 @@ const _: () = {
     ["Offset of field: ibv_send_wr::qp_type"]
         [::core::mem::offset_of!(ibv_send_wr, qp_type) - 72usize];
 };
+impl ::core::fmt::Debug for ibv_send_wr {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_send_wr {{ next: {:?}, sg_list: {:?}, num_sge: {:?}, opcode: {:?}, send_flags: {:?}, __bindgen_anon_1: {:?}, wr: {:?}, qp_type: {:?}, __bindgen_anon_2: {:?} }}",
+            self.next,
+            self.sg_list,
+            self.num_sge,
+            self.opcode,
+            self.send_flags,
+            self.__bindgen_anon_1,
+            self.wr,
+            self.qp_type,
+            self.__bindgen_anon_2
+        )
+    }
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ibv_recv_wr {
@@ -2199,6 +2339,15 @@ const _: () = {
     ["Offset of field: ibv_srq::events_completed"]
         [::core::mem::offset_of!(ibv_srq, events_completed) - 120usize];
 };
+impl ::core::fmt::Debug for ibv_srq {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_srq {{ context: {:?}, srq_context: {:?}, pd: {:?} }}",
+            self.context, self.srq_context, self.pd
+        )
+    }
+}
 #[repr(C)]
 pub struct ibv_wq {
     pub context: *mut ibv_context,
@@ -2240,6 +2389,21 @@ const _: () = {
         [::core::mem::offset_of!(ibv_wq, events_completed) - 144usize];
     ["Offset of field: ibv_wq::comp_mask"][::core::mem::offset_of!(ibv_wq, comp_mask) - 148usize];
 };
+impl ::core::fmt::Debug for ibv_wq {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_wq {{ context: {:?}, wq_context: {:?}, pd: {:?}, cq: {:?}, state: {:?}, wq_type: {:?}, post_recv: {:?} }}",
+            self.context,
+            self.wq_context,
+            self.pd,
+            self.cq,
+            self.state,
+            self.wq_type,
+            self.post_recv
+        )
+    }
+}
 #[repr(C)]
 pub struct ibv_qp {
     pub context: *mut ibv_context,
@@ -2275,6 +2439,22 @@ const _: () = {
     ["Offset of field: ibv_qp::events_completed"]
         [::core::mem::offset_of!(ibv_qp, events_completed) - 152usize];
 };
+impl ::core::fmt::Debug for ibv_qp {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_qp {{ context: {:?}, qp_context: {:?}, pd: {:?}, send_cq: {:?}, recv_cq: {:?}, srq: {:?}, state: {:?}, qp_type: {:?} }}",
+            self.context,
+            self.qp_context,
+            self.pd,
+            self.send_cq,
+            self.recv_cq,
+            self.srq,
+            self.state,
+            self.qp_type
+        )
+    }
+}
 #[repr(C)]
 pub struct ibv_qp_ex {
     pub qp_base: ibv_qp,
@@ -2412,6 +2592,37 @@ const _: () = {
     ["Offset of field: ibv_qp_ex::wr_atomic_write"]
         [::core::mem::offset_of!(ibv_qp_ex, wr_atomic_write) - 344usize];
 };
+impl ::core::fmt::Debug for ibv_qp_ex {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_qp_ex {{ qp_base: {:?}, wr_flags: {:?}, wr_atomic_cmp_swp: {:?}, wr_atomic_fetch_add: {:?}, wr_bind_mw: {:?}, wr_local_inv: {:?}, wr_rdma_read: {:?}, wr_rdma_write: {:?}, wr_rdma_write_imm: {:?}, wr_send: {:?}, wr_send_imm: {:?}, wr_send_inv: {:?}, wr_send_tso: {:?}, wr_set_ud_addr: {:?}, wr_set_xrc_srqn: {:?}, wr_set_inline_data: {:?}, wr_set_inline_data_list: {:?}, wr_set_sge: {:?}, wr_set_sge_list: {:?}, wr_start: {:?}, wr_complete: {:?}, wr_abort: {:?}, wr_atomic_write: {:?} }}",
+            self.qp_base,
+            self.wr_flags,
+            self.wr_atomic_cmp_swp,
+            self.wr_atomic_fetch_add,
+            self.wr_bind_mw,
+            self.wr_local_inv,
+            self.wr_rdma_read,
+            self.wr_rdma_write,
+            self.wr_rdma_write_imm,
+            self.wr_send,
+            self.wr_send_imm,
+            self.wr_send_inv,
+            self.wr_send_tso,
+            self.wr_set_ud_addr,
+            self.wr_set_xrc_srqn,
+            self.wr_set_inline_data,
+            self.wr_set_inline_data_list,
+            self.wr_set_sge,
+            self.wr_set_sge_list,
+            self.wr_start,
+            self.wr_complete,
+            self.wr_abort,
+            self.wr_atomic_write
+        )
+    }
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ibv_ece {
@@ -2473,6 +2684,15 @@ const _: () = {
     ["Offset of field: ibv_cq::async_events_completed"]
         [::core::mem::offset_of!(ibv_cq, async_events_completed) - 124usize];
 };
+impl ::core::fmt::Debug for ibv_cq {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_cq {{ context: {:?}, channel: {:?}, cq_context: {:?}, cqe: {:?} }}",
+            self.context, self.channel, self.cq_context, self.cqe
+        )
+    }
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct ibv_poll_cq_attr {
@@ -2604,6 +2824,37 @@ const _: () = {
     ["Offset of field: ibv_cq_ex::read_completion_wallclock_ns"]
         [::core::mem::offset_of!(ibv_cq_ex, read_completion_wallclock_ns) - 280usize];
 };
+impl ::core::fmt::Debug for ibv_cq_ex {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_cq_ex {{ context: {:?}, channel: {:?}, cq_context: {:?}, cqe: {:?}, status: {:?}, start_poll: {:?}, next_poll: {:?}, end_poll: {:?}, read_opcode: {:?}, read_vendor_err: {:?}, read_byte_len: {:?}, read_imm_data: {:?}, read_qp_num: {:?}, read_src_qp: {:?}, read_wc_flags: {:?}, read_slid: {:?}, read_sl: {:?}, read_dlid_path_bits: {:?}, read_completion_ts: {:?}, read_cvlan: {:?}, read_flow_tag: {:?}, read_tm_info: {:?}, read_completion_wallclock_ns: {:?} }}",
+            self.context,
+            self.channel,
+            self.cq_context,
+            self.cqe,
+            self.status,
+            self.start_poll,
+            self.next_poll,
+            self.end_poll,
+            self.read_opcode,
+            self.read_vendor_err,
+            self.read_byte_len,
+            self.read_imm_data,
+            self.read_qp_num,
+            self.read_src_qp,
+            self.read_wc_flags,
+            self.read_slid,
+            self.read_sl,
+            self.read_dlid_path_bits,
+            self.read_completion_ts,
+            self.read_cvlan,
+            self.read_flow_tag,
+            self.read_tm_info,
+            self.read_completion_wallclock_ns
+        )
+    }
+}
 pub const IBV_CQ_ATTR_MODERATE: ibv_cq_attr_mask = 1;
 pub const IBV_CQ_ATTR_RESERVED: ibv_cq_attr_mask = 2;
 pub type ibv_cq_attr_mask = ::core::ffi::c_uint;
@@ -3027,6 +3278,11 @@ const _: () = {
     ["Alignment of ibv_flow_spec__bindgen_ty_1"]
         [::core::mem::align_of::<ibv_flow_spec__bindgen_ty_1>() - 8usize];
 };
+impl ::core::fmt::Debug for ibv_flow_spec__bindgen_ty_1 {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_flow_spec__bindgen_ty_1 {{ opaque }}")
+    }
+}
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ibv_flow_spec"][::core::mem::size_of::<ibv_flow_spec>() - 88usize];
@@ -3388,6 +3644,20 @@ const _: () = {
     ["Offset of field: ibv_context::abi_compat"]
         [::core::mem::offset_of!(ibv_context, abi_compat) - 320usize];
 };
+impl ::core::fmt::Debug for ibv_context {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "ibv_context {{ device: {:?}, ops: {:?}, cmd_fd: {:?}, async_fd: {:?}, num_comp_vectors: {:?}, abi_compat: {:?} }}",
+            self.device,
+            self.ops,
+            self.cmd_fd,
+            self.async_fd,
+            self.num_comp_vectors,
+            self.abi_compat
+        )
+    }
+}
 pub const IBV_CQ_INIT_ATTR_MASK_FLAGS: ibv_cq_init_attr_mask = 1;
 pub const IBV_CQ_INIT_ATTR_MASK_PD: ibv_cq_init_attr_mask = 2;
 pub type ibv_cq_init_attr_mask = ::core::ffi::c_uint;
@@ -3541,6 +3811,11 @@ const _: () = {
     ["Offset of field: ibv_values_ex::raw_clock"]
         [::core::mem::offset_of!(ibv_values_ex, raw_clock) - 8usize];
 };
+impl ::core::fmt::Debug for ibv_values_ex {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(f, "ibv_values_ex {{  }}")
+    }
+}
 #[repr(C)]
 pub struct verbs_context {
     pub query_port: ::core::option::Option<
@@ -3811,6 +4086,53 @@ const _: () = {
     ["Offset of field: verbs_context::context"]
         [::core::mem::offset_of!(verbs_context, context) - 320usize];
 };
+impl ::core::fmt::Debug for verbs_context {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        write!(
+            f,
+            "verbs_context {{ query_port: {:?}, advise_mr: {:?}, alloc_null_mr: {:?}, read_counters: {:?}, attach_counters_point_flow: {:?}, create_counters: {:?}, destroy_counters: {:?}, reg_dm_mr: {:?}, alloc_dm: {:?}, free_dm: {:?}, modify_flow_action_esp: {:?}, destroy_flow_action: {:?}, create_flow_action_esp: {:?}, modify_qp_rate_limit: {:?}, alloc_parent_domain: {:?}, dealloc_td: {:?}, alloc_td: {:?}, modify_cq: {:?}, post_srq_ops: {:?}, destroy_rwq_ind_table: {:?}, create_rwq_ind_table: {:?}, destroy_wq: {:?}, modify_wq: {:?}, create_wq: {:?}, query_rt_values: {:?}, create_cq_ex: {:?}, priv: {:?}, query_device_ex: {:?}, ibv_destroy_flow: {:?}, ABI_placeholder2: {:?}, ibv_create_flow: {:?}, ABI_placeholder1: {:?}, open_qp: {:?}, create_qp_ex: {:?}, get_srq_num: {:?}, create_srq_ex: {:?}, open_xrcd: {:?}, close_xrcd: {:?}, context: {:?} }}",
+            self.query_port,
+            self.advise_mr,
+            self.alloc_null_mr,
+            self.read_counters,
+            self.attach_counters_point_flow,
+            self.create_counters,
+            self.destroy_counters,
+            self.reg_dm_mr,
+            self.alloc_dm,
+            self.free_dm,
+            self.modify_flow_action_esp,
+            self.destroy_flow_action,
+            self.create_flow_action_esp,
+            self.modify_qp_rate_limit,
+            self.alloc_parent_domain,
+            self.dealloc_td,
+            self.alloc_td,
+            self.modify_cq,
+            self.post_srq_ops,
+            self.destroy_rwq_ind_table,
+            self.create_rwq_ind_table,
+            self.destroy_wq,
+            self.modify_wq,
+            self.create_wq,
+            self.query_rt_values,
+            self.create_cq_ex,
+            self.priv_,
+            self.query_device_ex,
+            self.ibv_destroy_flow,
+            self.ABI_placeholder2,
+            self.ibv_create_flow,
+            self.ABI_placeholder1,
+            self.open_qp,
+            self.create_qp_ex,
+            self.get_srq_num,
+            self.create_srq_ex,
+            self.open_xrcd,
+            self.close_xrcd,
+            self.context
+        )
+    }
+}
 pub const IBV_REREG_MR_ERR_INPUT: ibv_rereg_mr_err_code = -1;
 pub const IBV_REREG_MR_ERR_DONT_FORK_NEW: ibv_rereg_mr_err_code = -2;
 pub const IBV_REREG_MR_ERR_DO_FORK_OLD: ibv_rereg_mr_err_code = -3;

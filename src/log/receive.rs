@@ -37,7 +37,10 @@ impl ReceiveSlot {
     /// `head` must be that of a receive entry.
     #[must_use]
     pub unsafe fn of(head: &SlotHead) -> *mut Self {
-        ptr::from_ref(head).cast_mut().wrapping_byte_sub(std::mem::offset_of!(Self, head)).cast()
+        ptr::from_ref(head)
+            .cast_mut()
+            .wrapping_byte_sub(std::mem::offset_of!(Self, head))
+            .cast()
     }
 
     /// The elements it was posted with.
@@ -165,7 +168,11 @@ impl ReceiveRing {
             }
             at = at.wrapping_byte_add(self.stride);
         }
-        Err(if self.is_allocated() { Errno::NO_MEMORY } else { Errno::INVALID })
+        Err(if self.is_allocated() {
+            Errno::NO_MEMORY
+        } else {
+            Errno::INVALID
+        })
     }
 
     /// Makes an entry part of the log, before it is posted: its completion may come while the post is still under way.
@@ -176,7 +183,12 @@ impl ReceiveRing {
     pub unsafe fn commit(&mut self, slot: *mut ReceiveSlot) {
         self.sequence += 1;
         // SAFETY: as the caller vouches.
-        unsafe { (*slot).head.mark.store(self.sequence << 1 | 1, Ordering::Release) };
+        unsafe {
+            (*slot)
+                .head
+                .mark
+                .store(self.sequence << 1 | 1, Ordering::Release)
+        };
         self.cursor = slot.wrapping_byte_add(self.stride);
     }
 
@@ -193,7 +205,10 @@ impl ReceiveRing {
     #[must_use]
     pub fn posted(&self) -> Vec<*mut ReceiveSlot> {
         // SAFETY: entries of this ring.
-        let mut posted: Vec<_> = self.entries().filter(|slot| unsafe { (**slot).is_posted() }).collect();
+        let mut posted: Vec<_> = self
+            .entries()
+            .filter(|slot| unsafe { (**slot).is_posted() })
+            .collect();
         // SAFETY: as above.
         posted.sort_by_key(|slot| unsafe { (**slot).head.mark.load(Ordering::Acquire) });
         posted
@@ -205,4 +220,4 @@ impl ReceiveRing {
     }
 }
 
-const _: () = assert!(size_of::<ReceiveSlot>() % align_of::<ibv_sge>() == 0);
+const _: () = assert!(size_of::<ReceiveSlot>().is_multiple_of(align_of::<ibv_sge>()));

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rdma_core_sys::{IBV_SEND_INLINE, IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_send_wr, ibv_sge};
 
-use super::ring::{Memory, stride};
 use super::SlotHead;
+use super::ring::{Memory, stride};
 use crate::errno::{Errno, Verb};
 use crate::handle::Psn;
 
@@ -31,7 +31,10 @@ pub struct SendSlot {
 
 impl fmt::Debug for SendSlot {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.debug_struct("SendSlot").field("opcode", &self.wr.opcode).field("head", &self.head).finish_non_exhaustive()
+        out.debug_struct("SendSlot")
+            .field("opcode", &self.wr.opcode)
+            .field("head", &self.head)
+            .finish_non_exhaustive()
     }
 }
 
@@ -78,12 +81,21 @@ impl SendRing {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn new(capacity: u32, max_sge: u32, max_inline: u32, owner: *mut std::ffi::c_void) -> Verb<Self> {
+    pub fn new(
+        capacity: u32,
+        max_sge: u32,
+        max_inline: u32,
+        owner: *mut std::ffi::c_void,
+    ) -> Verb<Self> {
         let max_sge = max_sge.max(1);
         let stride = stride(size_of::<SendSlot>(), max_sge);
         let slots = (capacity as usize).max(8) * 2;
         let memory = Memory::new(slots.checked_mul(stride).ok_or(Errno::NO_MEMORY)?)?;
-        let inline = Memory::new(slots.checked_mul(max_inline as usize).ok_or(Errno::NO_MEMORY)?)?;
+        let inline = Memory::new(
+            slots
+                .checked_mul(max_inline as usize)
+                .ok_or(Errno::NO_MEMORY)?,
+        )?;
         let base: *mut SendSlot = memory.base().cast();
         let end = base.wrapping_byte_add(slots * stride);
         let mut ring = Self {
@@ -123,7 +135,8 @@ impl SendRing {
             self.cursor = self.base;
             let last = self.end.wrapping_byte_sub(self.stride);
             // SAFETY: the last entry of an allocated ring.
-            self.completed.store(unsafe { (*last).head.wr_id() }, Ordering::Release);
+            self.completed
+                .store(unsafe { (*last).head.wr_id() }, Ordering::Release);
             self.limit = last;
         }
     }
@@ -161,8 +174,16 @@ impl SendRing {
         }
         let completed = self.completed_slot();
         // The completed entry itself is not written to, so that full and empty differ.
-        self.limit = if completed >= self.cursor { completed } else { self.end };
-        if self.cursor == self.limit { Err(Errno::NO_MEMORY) } else { Ok(()) }
+        self.limit = if completed >= self.cursor {
+            completed
+        } else {
+            self.end
+        };
+        if self.cursor == self.limit {
+            Err(Errno::NO_MEMORY)
+        } else {
+            Ok(())
+        }
     }
 
     /// Logs a request of one element, not inline, whose opcode [`is_simple`]. It is not part of the log until
@@ -202,8 +223,13 @@ impl SendRing {
             }
             let slot = self.cursor;
             copy_request(wr, slot);
-            let from = std::slice::from_raw_parts((*wr).sg_list, if count == 0 { 0 } else { count as usize });
-            let length = from.iter().fold(0_u32, |sum, sge| sum.saturating_add(sge.length));
+            let from = std::slice::from_raw_parts(
+                (*wr).sg_list,
+                if count == 0 { 0 } else { count as usize },
+            );
+            let length = from
+                .iter()
+                .fold(0_u32, |sum, sge| sum.saturating_add(sge.length));
             if (*wr).send_flags & IBV_SEND_INLINE != 0 {
                 if length > self.max_inline {
                     return Err(Errno::INVALID);
@@ -233,7 +259,14 @@ impl SendRing {
             }
             let length = from.iter().map(|sge| sge.length).sum();
             let addr = (*slot).inline.expose_provenance() as u64;
-            ptr::write((*slot).wr.sg_list, ibv_sge { addr, length, lkey: 0 });
+            ptr::write(
+                (*slot).wr.sg_list,
+                ibv_sge {
+                    addr,
+                    length,
+                    lkey: 0,
+                },
+            );
             (*slot).wr.num_sge = i32::from(!from.is_empty());
         }
     }
@@ -272,8 +305,11 @@ impl SendRing {
     pub unsafe fn renumber(&mut self, slot: *mut SendSlot) {
         // SAFETY: as the caller vouches; `sg_list` has `num_sge` elements.
         unsafe {
-            let elements = std::slice::from_raw_parts((*slot).wr.sg_list, (*slot).wr.num_sge as usize);
-            let length = elements.iter().fold(0_u32, |sum, element| sum.saturating_add(element.length));
+            let elements =
+                std::slice::from_raw_parts((*slot).wr.sg_list, (*slot).wr.num_sge as usize);
+            let length = elements
+                .iter()
+                .fold(0_u32, |sum, element| sum.saturating_add(element.length));
             self.psn = self.psn.wrapping_add(self.packets(length));
             (*slot).psn_after = self.psn;
         }
@@ -287,7 +323,8 @@ impl SendRing {
 
     /// Outstanding entries, oldest first.
     pub fn outstanding(&self) -> impl Iterator<Item = *mut SendSlot> + use<> {
-        let (base, end, stride, cursor) = (self.base, self.end, self.stride, self.wrapped(self.cursor));
+        let (base, end, stride, cursor) =
+            (self.base, self.end, self.stride, self.wrapped(self.cursor));
         let mut at = match self.is_allocated() {
             true => self.wrapped(self.completed_slot().wrapping_byte_add(stride)),
             false => cursor,
@@ -306,9 +343,8 @@ impl SendRing {
     }
 
     /// Retires everything up to and including `slot`.
-    pub fn retire(&self, slot: *const SendSlot) {
-        // SAFETY: an entry of this ring.
-        self.completed.store(unsafe { (*slot).head.wr_id() }, Ordering::Release);
+    pub fn retire(&self, slot: &SendSlot) {
+        self.completed.store(slot.head.wr_id(), Ordering::Release);
     }
 
     fn completed_slot(&self) -> *mut SendSlot {
@@ -343,7 +379,11 @@ unsafe fn copy_request(wr: *const ibv_send_wr, slot: *mut SendSlot) {
     // (16 bytes) and the union `wr` (32 bytes), copied whole.
     unsafe {
         (*slot).head.app_wr_id = (*wr).wr_id;
-        ptr::copy_nonoverlapping((&raw const (*wr).num_sge).cast::<[u8; 16]>(), (&raw mut (*slot).wr.num_sge).cast(), 1);
+        ptr::copy_nonoverlapping(
+            (&raw const (*wr).num_sge).cast::<[u8; 16]>(),
+            (&raw mut (*slot).wr.num_sge).cast(),
+            1,
+        );
         ptr::copy_nonoverlapping(&raw const (*wr).wr, &raw mut (*slot).wr.wr, 1);
     }
 }
@@ -351,5 +391,5 @@ unsafe fn copy_request(wr: *const ibv_send_wr, slot: *mut SendSlot) {
 const _: () = {
     use std::mem::offset_of;
     assert!(offset_of!(ibv_send_wr, num_sge) + 16 == offset_of!(ibv_send_wr, wr));
-    assert!(size_of::<SendSlot>() % align_of::<ibv_sge>() == 0);
+    assert!(size_of::<SendSlot>().is_multiple_of(align_of::<ibv_sge>()));
 };

@@ -45,7 +45,13 @@ impl Directory {
     pub fn new(processes: &[ProcessNumbers]) -> Self {
         let mut directory = Self::default();
         for context in processes.iter().flat_map(|process| &process.contexts) {
-            let keys: Arc<KeyTable> = Arc::new(context.rkeys.iter().map(|(old, new)| (old.0, new.0)).collect());
+            let keys: Arc<KeyTable> = Arc::new(
+                context
+                    .rkeys
+                    .iter()
+                    .map(|(old, new)| (old.0, new.0))
+                    .collect(),
+            );
             for port in &context.ports {
                 for (old, new) in &port.gids {
                     directory.gids.insert(*old, *new);
@@ -59,9 +65,15 @@ impl Directory {
                 let lid = (port.lid.0.0 != 0).then_some(Address::Lid(port.lid.0));
                 for address in gids.chain(lid) {
                     let qpns = directory.qpns.entry(address).or_default();
-                    for pair in context.queue_pairs.iter().filter(|pair| pair.port == port.port) {
+                    for pair in context
+                        .queue_pairs
+                        .iter()
+                        .filter(|pair| pair.port == port.port)
+                    {
                         qpns.insert(pair.virtual_qpn.0, pair.hardware_qpn.0);
-                        directory.qpns_back.insert((address, pair.hardware_qpn), pair.virtual_qpn);
+                        directory
+                            .qpns_back
+                            .insert((address, pair.hardware_qpn), pair.virtual_qpn);
                         let peer = Peer {
                             qpn: pair.hardware_qpn,
                             first_psn: pair.first_psn,
@@ -115,12 +127,18 @@ impl Directory {
     /// than the restart and means itself.
     #[must_use]
     pub fn qpn_back(&self, address: Address, qpn: HardwareQpn) -> VirtualQpn {
-        self.qpns_back.get(&(address, qpn)).copied().unwrap_or(VirtualQpn(qpn.0))
+        self.qpns_back
+            .get(&(address, qpn))
+            .copied()
+            .unwrap_or(VirtualQpn(qpn.0))
     }
 
     /// Virtual numbers in use at an address, which nothing new there may have.
     pub fn taken_at(&self, address: Address) -> impl Iterator<Item = VirtualQpn> + '_ {
-        self.peers.keys().filter(move |(at, _)| *at == address).map(|(_, qpn)| *qpn)
+        self.peers
+            .keys()
+            .filter(move |(at, _)| *at == address)
+            .map(|(_, qpn)| *qpn)
     }
 
     /// Virtual remote keys do not come from here: [`Peer::keys`].

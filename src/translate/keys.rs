@@ -20,7 +20,10 @@ pub struct KeyTable {
 #[derive(Debug, Default)]
 struct Writer {
     /// Every generation of the table; the last is the current one. Boxed: readers have their addresses.
-    #[allow(clippy::vec_box, reason = "the addresses are shared with readers and must not move")]
+    #[allow(
+        clippy::vec_box,
+        reason = "the addresses are shared with readers and must not move"
+    )]
     generations: Vec<Box<Slots>>,
     /// Entries of the current generation that are not empty.
     used: usize,
@@ -34,8 +37,13 @@ struct Slots {
 
 impl Default for KeyTable {
     fn default() -> Self {
-        let table =
-            Self { current: AtomicPtr::default(), writer: Mutex::new(Writer { generations: Vec::new(), used: 0 }) };
+        let table = Self {
+            current: AtomicPtr::default(),
+            writer: Mutex::new(Writer {
+                generations: Vec::new(),
+                used: 0,
+            }),
+        };
         table.grow(&mut table.lock(), 16);
         table
     }
@@ -66,7 +74,10 @@ impl KeyTable {
     pub fn insert(&self, key: u32, value: u32) {
         self.remove(key);
         let mut writer = self.lock();
-        let room = writer.generations.last().map_or(0, |slots| slots.entries.len());
+        let room = writer
+            .generations
+            .last()
+            .map_or(0, |slots| slots.entries.len());
         if (writer.used + 1) * 2 > room {
             self.grow(&mut writer, room * 2);
         }
@@ -76,7 +87,9 @@ impl KeyTable {
     /// Removes a pair.
     pub fn remove(&self, key: u32) {
         let writer = self.lock();
-        let Some(slots) = writer.generations.last() else { return };
+        let Some(slots) = writer.generations.last() else {
+            return;
+        };
         let mask = slots.entries.len() - 1;
         let mut at = slots.home(key);
         loop {
@@ -95,11 +108,18 @@ impl KeyTable {
 
     fn grow(&self, writer: &mut Writer, size: usize) {
         let live: Vec<u64> = writer.generations.last().map_or_else(Vec::new, |slots| {
-            let entries = slots.entries.iter().map(|entry| entry.load(Ordering::Relaxed));
-            entries.filter(|entry| *entry != EMPTY && *entry != REMOVED).collect()
+            let entries = slots
+                .entries
+                .iter()
+                .map(|entry| entry.load(Ordering::Relaxed));
+            entries
+                .filter(|entry| *entry != EMPTY && *entry != REMOVED)
+                .collect()
         });
         // Many removed entries alone are no reason to double.
-        let size = size.max(16).min((live.len() * 4).next_power_of_two().max(16));
+        let size = size
+            .max(16)
+            .min((live.len() * 4).next_power_of_two().max(16));
         let slots = Box::new(Slots {
             shift: 32 - size.trailing_zeros(),
             entries: (0..size).map(|_| AtomicU64::new(EMPTY)).collect(),
@@ -109,7 +129,10 @@ impl KeyTable {
         for entry in live {
             writer.put(entry);
         }
-        let newest = writer.generations.last().map_or(std::ptr::null(), |slots| &raw const **slots);
+        let newest = writer
+            .generations
+            .last()
+            .map_or(std::ptr::null(), |slots| &raw const **slots);
         self.current.store(newest.cast_mut(), Ordering::Release);
     }
 
@@ -120,7 +143,9 @@ impl KeyTable {
 
 impl Writer {
     fn put(&mut self, entry: u64) {
-        let Some(slots) = self.generations.last() else { return };
+        let Some(slots) = self.generations.last() else {
+            return;
+        };
         let mask = slots.entries.len() - 1;
         let mut at = slots.home((entry >> 32) as u32);
         while slots.entries[at & mask].load(Ordering::Relaxed) != EMPTY {

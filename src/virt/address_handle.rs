@@ -1,8 +1,8 @@
 //! Address handles: where a datagram goes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use rdma_core_sys::{ibv_ah, ibv_ah_attr, ibv_pd};
 
@@ -43,7 +43,11 @@ pub unsafe fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> Verb<*mut ibv_a
     // SAFETY: as the caller vouches.
     let (domain, attr) = unsafe { (ProtectionDomain::of(pd), *attr) };
     let handle = Box::new(AddressHandle {
-        app: ibv_ah { context: domain.context.app(), pd, handle: 0 },
+        app: ibv_ah {
+            context: domain.context.app(),
+            pd,
+            handle: 0,
+        },
         context: domain.context,
         domain,
         attr,
@@ -54,7 +58,11 @@ pub unsafe fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> Verb<*mut ibv_a
     });
     handle.rebuild()?;
     let handle = Box::leak(handle);
-    let index = domain.context.objects().address_handles.insert(Registered((&*handle).into()));
+    let index = domain
+        .context
+        .objects()
+        .address_handles
+        .insert(Registered((&*handle).into()));
     handle.index.store(index, Ordering::Relaxed);
     Ok(&raw mut handle.app)
 }
@@ -75,7 +83,11 @@ pub unsafe fn destroy(app: *mut ibv_ah) -> Verb<()> {
         if !handle.hardware().is_null() {
             Errno::check((handle.context.verbs.ibv_destroy_ah)(handle.hardware()))?;
         }
-        handle.context.objects().address_handles.remove(handle.index.load(Ordering::Relaxed));
+        handle
+            .context
+            .objects()
+            .address_handles
+            .remove(handle.index.load(Ordering::Relaxed));
         drop(Box::from_raw(app.cast::<AddressHandle>()));
     }
     Ok(())
@@ -99,7 +111,9 @@ impl AddressHandle {
     /// restart and means itself.
     pub(crate) fn remote_qpn(&self, qpn: u32) -> u32 {
         // SAFETY: null or kept alive by `qpns_owner` until the gate is closed.
-        unsafe { self.qpns.load(Ordering::Acquire).as_ref() }.and_then(|qpns| qpns.get(qpn)).unwrap_or(qpn)
+        unsafe { self.qpns.load(Ordering::Acquire).as_ref() }
+            .and_then(|qpns| qpns.get(qpn))
+            .unwrap_or(qpn)
     }
 
     pub(crate) fn release(&self) {
@@ -115,14 +129,20 @@ impl AddressHandle {
         let directory = process().directory();
         let mut attr = self.attr;
         if let Some(directory) = &directory {
-            attr = super::queue_pair::translate_address(self.context, directory, &attr).ok_or(Errno::INVALID)?;
+            attr = super::queue_pair::translate_address(self.context, directory, &attr)
+                .ok_or(Errno::INVALID)?;
             let qpns = directory.qpns_at(address_of(&self.attr));
-            self.qpns.store(qpns.as_ref().map_or(std::ptr::null_mut(), |qpns| Arc::as_ptr(qpns).cast_mut()), Ordering::Release);
+            self.qpns.store(
+                qpns.as_ref()
+                    .map_or(std::ptr::null_mut(), |qpns| Arc::as_ptr(qpns).cast_mut()),
+                Ordering::Release,
+            );
             *lock(&self.qpns_owner) = qpns;
         }
         let verbs = self.context.verbs;
         // SAFETY: the domain outlives its handles; the gate is held or closed by us.
-        let hardware = verbs.pointer(unsafe { (verbs.ibv_create_ah)((*self.domain).hardware(), &raw mut attr) })?;
+        let hardware = verbs
+            .pointer(unsafe { (verbs.ibv_create_ah)((*self.domain).hardware(), &raw mut attr) })?;
         self.hardware.store(hardware, Ordering::Release);
         Ok(())
     }

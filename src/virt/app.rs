@@ -11,9 +11,9 @@ macro_rules! room {
     ($(#[$doc:meta])* $name:ident($public:ty, $bytes:literal)) => {
         $(#[$doc])*
         #[repr(C)]
-        pub union $name {
-            pub public: std::mem::ManuallyDrop<$public>,
-            room: [u64; $bytes / 8],
+        pub struct $name {
+            pub public: $public,
+            room: [u64; ($bytes - size_of::<$public>()) / 8],
         }
 
         impl $name {
@@ -23,7 +23,8 @@ macro_rules! room {
 
         impl Default for $name {
             fn default() -> Self {
-                Self { room: [0; $bytes / 8] }
+                // SAFETY: C's own structures, of pointers and numbers; all zeroes is what calloc gives a provider.
+                unsafe { std::mem::zeroed() }
             }
         }
 

@@ -8,12 +8,13 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rdma_core_sys::ibv_comp_channel;
 
 use super::context::Context;
 use super::process::{lock, process};
+use crate::device::Verbs;
 use crate::errno::{Errno, Verb};
 
 /// A pipe of records of a fixed size.
@@ -74,7 +75,9 @@ impl EventPipe {
     /// the kernel's own limits.
     pub(crate) fn write(&self, record: &[u8]) -> bool {
         debug_assert_eq!(record.len(), self.record);
-        lock(&self.writer).as_mut().is_some_and(|writer| writer.write_all(record).is_ok())
+        lock(&self.writer)
+            .as_mut()
+            .is_some_and(|writer| writer.write_all(record).is_ok())
     }
 
     /// Takes back the unread records that `matches`; gives their number. The caller holds `Process::events`.
@@ -92,7 +95,11 @@ impl EventPipe {
             if usize::try_from(got) != Ok(self.record) {
                 break;
             }
-            if matches(&record) { purged += 1 } else { keep.extend_from_slice(&record) }
+            if matches(&record) {
+                purged += 1
+            } else {
+                keep.extend_from_slice(&record)
+            }
         }
         for record in keep.chunks_exact(self.record) {
             self.write(record);
@@ -114,7 +121,8 @@ impl EventPipe {
 /// A completion channel that a completion queue has used.
 #[derive(Debug)]
 pub struct Channel {
-    context: &'static Context,
+    /// Unknown for a channel that no completion queue had used when the hardware was let go of.
+    context: OnceLock<&'static Context>,
     pub(crate) pipe: EventPipe,
     /// The hardware's channel; null while released.
     hardware: AtomicPtr<ibv_comp_channel>,
@@ -125,13 +133,20 @@ impl Channel {
     ///
     /// # Safety
     /// `app` must be a completion channel of `context`, whose hardware is there: the gate is held.
-    pub(crate) unsafe fn of(context: &'static Context, app: *mut ibv_comp_channel) -> Verb<Arc<Self>> {
+    pub(crate) unsafe fn of(
+        context: &'static Context,
+        app: *mut ibv_comp_channel,
+    ) -> Verb<Arc<Self>> {
         // SAFETY: as the caller vouches.
         let fd = unsafe { (*app).fd };
         let mut channels = process().channels();
         channels.retain(|channel| channel.pipe.is_open() || Arc::strong_count(channel) > 1);
         let inode = inode(fd)?;
         if let Some(channel) = channels.iter().find(|channel| channel.pipe.inode == inode) {
+            if channel.context.set(context).is_ok() {
+                channel.rebuild()?;
+                crate::agent::wake();
+            }
             return Ok(Arc::clone(channel));
         }
         let hardware = Self::create_hardware(context)?;
@@ -143,23 +158,33 @@ impl Channel {
                 return Err(error);
             }
         };
-        let channel = Arc::new(Self { context, pipe, hardware: AtomicPtr::new(hardware) });
+        let channel = Arc::new(Self {
+            context: OnceLock::from(context),
+            pipe,
+            hardware: AtomicPtr::new(hardware),
+        });
         channels.push(Arc::clone(&channel));
         crate::agent::wake();
         Ok(channel)
     }
 
     /// A channel that no completion queue has used yet still has the kernel's file; a pipe takes its place.
-    pub(crate) fn adopt_unused(context: &'static Context, fd: RawFd) -> Verb<()> {
+    pub(crate) fn adopt_unused(fd: RawFd) -> Verb<()> {
         let pipe = EventPipe::under(fd, size_of::<u64>())?;
-        process().channels().push(Arc::new(Self { context, pipe, hardware: AtomicPtr::default() }));
+        process().channels().push(Arc::new(Self {
+            context: OnceLock::new(),
+            pipe,
+            hardware: AtomicPtr::default(),
+        }));
         Ok(())
     }
 
     fn create_hardware(context: &Context) -> Verb<*mut ibv_comp_channel> {
         // SAFETY: the gate is held or closed, so the hardware's context is open.
         unsafe {
-            let channel = context.verbs.pointer((context.verbs.ibv_create_comp_channel)(context.hardware()))?;
+            let channel = context
+                .verbs
+                .pointer((context.verbs.ibv_create_comp_channel)(context.hardware()))?;
             set_nonblocking((*channel).fd);
             Ok(channel)
         }
@@ -170,25 +195,30 @@ impl Channel {
     }
 
     pub(crate) fn belongs_to(&self, context: &Context) -> bool {
-        std::ptr::eq(self.context, context)
+        self.context
+            .get()
+            .is_some_and(|own| std::ptr::eq(*own, context))
     }
 
-    pub(crate) fn context(&self) -> &'static Context {
-        self.context
+    pub(crate) fn verbs(&self) -> Option<&'static Verbs> {
+        self.context.get().map(|context| context.verbs)
     }
 
     /// Lets go of the hardware's channel. Its completion queues are gone.
     pub(crate) fn release(&self) {
         let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
-        if !hardware.is_null() {
+        if let Some(verbs) = self.verbs().filter(|_| !hardware.is_null()) {
             // SAFETY: the device's own, without users.
-            unsafe { (self.context.verbs.ibv_destroy_comp_channel)(hardware) };
+            unsafe { (verbs.ibv_destroy_comp_channel)(hardware) };
         }
     }
 
     /// Takes a fresh one.
     pub(crate) fn rebuild(&self) -> Verb<()> {
-        self.hardware.store(Self::create_hardware(self.context)?, Ordering::Release);
+        if let Some(context) = self.context.get() {
+            self.hardware
+                .store(Self::create_hardware(context)?, Ordering::Release);
+        }
         Ok(())
     }
 }
@@ -223,5 +253,9 @@ fn unread(fd: RawFd) -> usize {
     let mut bytes = 0;
     // SAFETY: FIONREAD writes one int.
     let answer = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut bytes) };
-    if answer == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+    if answer == 0 {
+        usize::try_from(bytes).unwrap_or(0)
+    } else {
+        0
+    }
 }

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use rdma_core_sys::{IBV_WC_RECV, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc};
+use rdma_core_sys::{
+    IBV_WC_RECV, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc,
+};
 
 use super::AppCq;
 use super::channel::Channel;
@@ -110,10 +112,12 @@ pub unsafe fn create(
         queue.app.public.cqe = (*(*queue.state.get()).hardware).cqe;
         queue.app.public.handle = (*(*queue.state.get()).hardware).handle;
     }
-    let index = context.objects().completion_queues.insert(Registered((&*queue).into()));
+    let index = context
+        .objects()
+        .completion_queues
+        .insert(Registered((&*queue).into()));
     queue.index.store(index, Ordering::Relaxed);
-    // SAFETY: the field is in place for as long as the queue is.
-    Ok(unsafe { &raw mut *queue.app.public })
+    Ok(&raw mut queue.app.public)
 }
 
 /// `ibv_destroy_cq`: waits, as the hardware's does, until every event that was handed out is acknowledged.
@@ -137,10 +141,17 @@ pub unsafe fn destroy(app: *mut ibv_cq) -> Verb<()> {
         }
         state.hardware = std::ptr::null_mut();
         state.poll = poll_nothing;
-        queue.context.objects().completion_queues.remove(queue.index.load(Ordering::Relaxed));
+        queue
+            .context
+            .objects()
+            .completion_queues
+            .remove(queue.index.load(Ordering::Relaxed));
         drop(state);
         let pointer = (app.expose_provenance() as u64).to_ne_bytes();
-        let unread = queue.channel.as_ref().map_or(0, |channel| channel.pipe.purge(|event| event == pointer));
+        let unread = queue
+            .channel
+            .as_ref()
+            .map_or(0, |channel| channel.pipe.purge(|event| event == pointer));
         queue.delivered.load(Ordering::Relaxed).wrapping_sub(unread)
     };
     // SAFETY: libibverbs initialized mutex and condition when the queue was created; `ibv_ack_cq_events` uses both.
@@ -171,7 +182,10 @@ pub unsafe fn resize(app: *mut ibv_cq, capacity: c_int) -> Verb<()> {
     let mut state = queue.lock();
     // SAFETY: the gate is held, so the hardware is there; nobody polls, as the lock is held.
     unsafe {
-        Errno::check((queue.context.verbs.ibv_resize_cq)(state.hardware, capacity))?;
+        Errno::check((queue.context.verbs.ibv_resize_cq)(
+            state.hardware,
+            capacity,
+        ))?;
         (*app).cqe = (*state.hardware).cqe;
     }
     state.capacity = capacity;
@@ -269,7 +283,7 @@ unsafe extern "C" fn poll_nothing(_: *mut ibv_cq, _: c_int, _: *mut ibv_wc) -> c
 }
 
 /// The state, while its lock is held.
-pub(crate) struct Locked<'a> {
+struct Locked<'a> {
     _guard: QueueGuard<'a>,
     state: &'a mut State,
 }
@@ -292,7 +306,10 @@ impl std::ops::DerefMut for Locked<'_> {
 /// What a drain found in a completion queue.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Drained {
+    /// Completions the hardware had.
     pub(crate) completions: u64,
+    /// Those of them that are the application's.
+    pub(crate) held: u64,
 }
 
 impl CompletionQueue {
@@ -308,7 +325,10 @@ impl CompletionQueue {
     fn lock(&self) -> Locked<'_> {
         let guard = self.lock.lock();
         // SAFETY: the lock is held.
-        Locked { _guard: guard, state: unsafe { &mut *self.state.get() } }
+        Locked {
+            _guard: guard,
+            state: unsafe { &mut *self.state.get() },
+        }
     }
 
     /// The hardware's queue; null while released.
@@ -322,7 +342,9 @@ impl CompletionQueue {
 
     /// Closes the gate of this queue: polls serve what is held back.
     pub(crate) fn close(&self, limit: Instant) -> bool {
-        let Some(_guard) = self.lock.lock_before(limit) else { return false };
+        let Some(_guard) = self.lock.lock_before(limit) else {
+            return false;
+        };
         // SAFETY: the lock is held.
         unsafe { (*self.state.get()).general |= CLOSED };
         true
@@ -360,6 +382,7 @@ impl CompletionQueue {
                 unsafe { self.hand_over(completion) };
                 state.held.push_back(*completion);
                 state.general |= HELD;
+                found.held += 1;
             }
             if got < BATCH {
                 return found;
@@ -448,7 +471,10 @@ impl CompletionQueue {
     /// Takes a fresh one.
     pub(crate) fn rebuild(&self) -> Verb<()> {
         let mut state = self.lock();
-        let channel = self.channel.as_ref().map_or(std::ptr::null_mut(), |channel| channel.hardware());
+        let channel = self
+            .channel
+            .as_ref()
+            .map_or(std::ptr::null_mut(), |channel| channel.hardware());
         let verbs = self.context.verbs;
         // SAFETY: the context is open; `self` keeps its address until the hardware's queue is destroyed.
         unsafe {
@@ -459,7 +485,10 @@ impl CompletionQueue {
                 channel,
                 self.vector,
             ))?;
-            state.poll = (*(*hardware).context).ops.poll_cq.ok_or(Errno::NOT_SUPPORTED)?;
+            state.poll = (*(*hardware).context)
+                .ops
+                .poll_cq
+                .ok_or(Errno::NOT_SUPPORTED)?;
             state.hardware = hardware;
         }
         Ok(())

@@ -3,9 +3,11 @@
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
+use kmod_compat::ports::DeviceFacts;
 use rdma_core_sys::{ibv_context, ibv_device_attr_ex, ibv_port_attr, ibv_query_device_ex_input};
 use slab::Slab;
 
@@ -13,11 +15,11 @@ use super::address_handle::AddressHandle;
 use super::channel::EventPipe;
 use super::completion_queue::CompletionQueue;
 use super::memory_region::MemoryRegion;
+use super::ports::{DeadEnd, PortMap};
 use super::process::{Registered, lock, process};
 use super::protection_domain::ProtectionDomain;
 use super::queue_pair::QueuePair;
 use super::shared_receive_queue::SharedReceiveQueue;
-use crate::control::message::PortNumbers;
 use crate::device::{self, Verbs};
 use crate::errno::{Errno, Verb};
 use crate::handle::VirtualKey;
@@ -39,8 +41,14 @@ pub struct Context {
     pub(crate) qpns_back: Mutex<std::sync::Arc<KeyTable>>,
     /// Remote keys published at the last restart. Peers keep them until the next, so none is given out again before.
     pub(crate) reserved_rkeys: Mutex<HashSet<VirtualKey>>,
+    /// The device as the application first saw it; noted when it is first let go of.
+    pub(crate) first_seen: Mutex<Option<DeviceFacts>>,
     /// Ports as first seen beside as they are now; empty before the first restart.
-    pub(crate) ports: Mutex<Vec<PortNumbers>>,
+    pub(crate) ports: Mutex<Vec<PortMap>>,
+    /// Where queue pairs whose peer is gone are parked.
+    pub(crate) dead_end: Mutex<Option<DeadEnd>>,
+    /// Leads the queries that libibverbs answers past the provider to a folder of ours.
+    pub(crate) lead_queries: LeadQueries,
 }
 
 // SAFETY: `app` is libibverbs' object, used for its identity and its file descriptor number only; the rest is shared by
@@ -68,6 +76,13 @@ pub struct Objects {
     pub(crate) address_handles: Slab<Registered<AddressHandle>>,
 }
 
+/// Makes libibverbs answer what it answers past the provider (GIDs, P_Keys) from the folder of a device tree.
+/// Called while the context's command file is `/dev/null`.
+///
+/// # Safety
+/// The context must be open.
+pub type LeadQueries = unsafe fn(*mut ibv_context, &Path) -> Verb<()>;
+
 /// What `ibv_open_device` must find in the context it returns.
 #[derive(Debug)]
 pub struct Opened {
@@ -85,7 +100,12 @@ pub struct Opened {
 ///
 /// # Errors
 /// Those of the device.
-pub unsafe fn open(app: *mut ibv_context, name: &CStr, verbs: &'static Verbs) -> Verb<Opened> {
+pub unsafe fn open(
+    app: *mut ibv_context,
+    name: &CStr,
+    verbs: &'static Verbs,
+    lead_queries: LeadQueries,
+) -> Verb<Opened> {
     let process = process();
     process.check_owner()?;
     let _inside = process.gate.enter();
@@ -95,7 +115,10 @@ pub unsafe fn open(app: *mut ibv_context, name: &CStr, verbs: &'static Verbs) ->
         let async_fd = events.read_fd();
         // SAFETY: both contexts are open.
         unsafe { replace_command_file((*app).cmd_fd, device::command_fd(hardware))? };
-        let names = Names { first: name.to_owned(), hardware: name.to_owned() };
+        let names = Names {
+            first: name.to_owned(),
+            hardware: name.to_owned(),
+        };
         let context: &'static Context = Box::leak(Box::new(Context {
             app,
             verbs,
@@ -106,13 +129,19 @@ pub unsafe fn open(app: *mut ibv_context, name: &CStr, verbs: &'static Verbs) ->
             lkeys: KeyTable::default(),
             qpns_back: Mutex::default(),
             reserved_rkeys: Mutex::default(),
+            first_seen: Mutex::default(),
             ports: Mutex::default(),
+            dead_end: Mutex::default(),
+            lead_queries,
         }));
         // SAFETY: the context is open.
         let completion_vectors = unsafe { (*hardware).num_comp_vectors };
         context.watch_hardware_events();
         process.add_context(context);
-        Ok(Opened { async_fd, completion_vectors })
+        Ok(Opened {
+            async_fd,
+            completion_vectors,
+        })
     })();
     if result.is_err() {
         // SAFETY: opened above, not used any more.
@@ -144,7 +173,9 @@ pub fn close(app: *mut ibv_context) -> Verb<()> {
     let context = process.context(app)?;
     let _events = process.events();
     process.remove_context(context);
-    process.channels().retain(|channel| !channel.belongs_to(context));
+    process
+        .channels()
+        .retain(|channel| !channel.belongs_to(context));
     // SAFETY: the application has no object of this context any more, or may not use it; nobody finds it in the registry.
     unsafe { (context.verbs.ibv_close_device)(context.hardware()) };
     context.set_hardware(std::ptr::null_mut());
@@ -240,9 +271,15 @@ pub unsafe fn query_port(app: *mut ibv_context, port: u8, attr: *mut ibv_port_at
     let context = process().context(app)?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
     unsafe { device::query_port(context.hardware(), port, attr)? };
-    if let Some(known) = lock(&context.ports).iter().find(|known| known.port == port) {
+    if let Some(known) = lock(&context.ports)
+        .iter()
+        .find(|known| known.numbers.port == port)
+    {
         // SAFETY: written by the device just now.
-        unsafe { (*attr).lid = known.lid.0.0 };
+        unsafe {
+            (*attr).lid = known.numbers.lid.0.0;
+            (*attr).gid_tbl_len = known.table_length;
+        }
     }
     Ok(())
 }

@@ -25,14 +25,23 @@ pub(crate) struct Inside<'a>(&'a ControlGate);
 
 impl ControlGate {
     pub(crate) const fn new() -> Self {
-        Self { state: Mutex::new(State { closed: false, inside: 0 }), changed: Condvar::new() }
+        Self {
+            state: Mutex::new(State {
+                closed: false,
+                inside: 0,
+            }),
+            changed: Condvar::new(),
+        }
     }
 
     /// Waits until the gate is open.
     pub(crate) fn enter(&self) -> Inside<'_> {
         let mut state = self.lock();
         while state.closed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         state.inside += 1;
         Inside(self)
@@ -50,7 +59,11 @@ impl ControlGate {
                 self.changed.notify_all();
                 return false;
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         true
     }

@@ -28,7 +28,8 @@ impl QueueLock {
 
     /// `None` if the lock could not be had before `limit`.
     pub(crate) fn lock_before(&self, limit: Instant) -> Option<QueueGuard<'_>> {
-        (self.0.swap(1, Ordering::Acquire) == 0 || self.wait(Some(limit))).then_some(QueueGuard(self))
+        (self.0.swap(1, Ordering::Acquire) == 0 || self.wait(Some(limit)))
+            .then_some(QueueGuard(self))
     }
 
     #[cold]
@@ -65,7 +66,10 @@ mod tests {
     fn a_holder_that_stays_makes_the_bounded_wait_fail() {
         let lock = QueueLock::default();
         let held = lock.lock();
-        assert!(lock.lock_before(Instant::now() + Duration::from_millis(5)).is_none());
+        assert!(
+            lock.lock_before(Instant::now() + Duration::from_millis(5))
+                .is_none()
+        );
         drop(held);
         assert!(lock.lock_before(Instant::now()).is_some());
     }

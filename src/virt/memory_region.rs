@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
-use rdma_core_sys::{IBV_ACCESS_REMOTE_ATOMIC, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE, ibv_mr, ibv_pd};
+use rdma_core_sys::{
+    IBV_ACCESS_REMOTE_ATOMIC, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE, ibv_mr, ibv_pd,
+};
 
 use super::AppMr;
 use super::context::Context;
@@ -12,7 +14,8 @@ use super::protection_domain::ProtectionDomain;
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareKey, VirtualKey};
 
-const REMOTE_ACCESS: i32 = (IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC) as i32;
+const REMOTE_ACCESS: i32 =
+    (IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC) as i32;
 
 /// A memory region; the application's object is its first field.
 #[derive(Debug)]
@@ -53,7 +56,15 @@ pub unsafe fn register(
     let context = domain.context;
     let region = Box::new(MemoryRegion {
         app: AppMr {
-            public: ibv_mr { context: context.app(), pd, addr, length, handle: 0, lkey: 0, rkey: 0 },
+            public: ibv_mr {
+                context: context.app(),
+                pd,
+                addr,
+                length,
+                handle: 0,
+                lkey: 0,
+                rkey: 0,
+            },
             kind: 0,
             access,
         },
@@ -74,7 +85,10 @@ pub unsafe fn register(
     if process().translates() {
         context.lkeys.insert(region.lkey().0, region.lkey().0);
     }
-    let index = context.objects().regions.insert(Registered((&*region).into()));
+    let index = context
+        .objects()
+        .regions
+        .insert(Registered((&*region).into()));
     region.index.store(index, Ordering::Relaxed);
     Ok(&raw mut region.app.public)
 }
@@ -82,7 +96,8 @@ pub unsafe fn register(
 /// Does a fresh region's key equal one that the application or its peers hold for another?
 fn collides(context: &Context, hardware: &ibv_mr) -> bool {
     process().translates()
-        && (context.lkeys.get(hardware.lkey).is_some() || context.reserves_rkey(VirtualKey(hardware.rkey)))
+        && (context.lkeys.get(hardware.lkey).is_some()
+            || context.reserves_rkey(VirtualKey(hardware.rkey)))
 }
 
 /// `ibv_dereg_mr`.
@@ -101,7 +116,11 @@ pub unsafe fn deregister(app: *mut ibv_mr) -> Verb<()> {
         if !region.hardware().is_null() {
             Errno::check((region.context.verbs.ibv_dereg_mr)(region.hardware()))?;
         }
-        region.context.objects().regions.remove(region.index.load(Ordering::Relaxed));
+        region
+            .context
+            .objects()
+            .regions
+            .remove(region.index.load(Ordering::Relaxed));
         if process().translates() {
             region.context.lkeys.remove(region.lkey().0);
         }
@@ -124,7 +143,10 @@ impl MemoryRegion {
     /// Address and length in bytes.
     #[must_use]
     pub fn range(&self) -> (u64, u64) {
-        (self.app.public.addr.addr() as u64, self.app.public.length as u64)
+        (
+            self.app.public.addr.addr() as u64,
+            self.app.public.length as u64,
+        )
     }
 
     /// May peers hold its key?
@@ -140,7 +162,8 @@ impl MemoryRegion {
     #[must_use]
     pub fn hardware_keys(&self) -> Option<(HardwareKey, HardwareKey)> {
         // SAFETY: null or the device's own, alive under the gate.
-        unsafe { self.hardware().as_ref() }.map(|region| (HardwareKey(region.lkey), HardwareKey(region.rkey)))
+        unsafe { self.hardware().as_ref() }
+            .map(|region| (HardwareKey(region.lkey), HardwareKey(region.rkey)))
     }
 
     pub(crate) fn release(&self) -> Verb<()> {

@@ -15,6 +15,7 @@ pub mod context;
 pub(crate) mod gate;
 pub(crate) mod lock;
 pub mod memory_region;
+pub mod ports;
 pub mod process;
 pub mod protection_domain;
 pub mod queue_pair;

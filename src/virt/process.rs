@@ -66,7 +66,11 @@ impl Process {
     /// # Errors
     /// `EINVAL` if it is not one of ours.
     pub fn context(&self, app: *mut ibv_context) -> Verb<&'static Context> {
-        lock(&self.contexts).iter().find(|context| context.app() == app).copied().ok_or(Errno::INVALID)
+        lock(&self.contexts)
+            .iter()
+            .find(|context| context.app() == app)
+            .copied()
+            .ok_or(Errno::INVALID)
     }
 
     pub(crate) fn channels(&self) -> MutexGuard<'_, Vec<Arc<Channel>>> {
@@ -106,7 +110,11 @@ impl Process {
     /// # Errors
     /// `EIO` in a forked child, which owns no hardware.
     pub(crate) fn check_owner(&self) -> Verb<()> {
-        if self.forked.load(Ordering::Acquire) { Err(Errno::IO) } else { Ok(()) }
+        if self.forked.load(Ordering::Acquire) {
+            Err(Errno::IO)
+        } else {
+            Ok(())
+        }
     }
 
     /// The calling process is a forked child.
@@ -114,10 +122,51 @@ impl Process {
         self.forked.store(true, Ordering::Release);
     }
 
+    /// In a forked child: the files that lead to the parent's hardware. Locks that another thread of the parent held at the
+    /// fork are never given back here, so none is waited for.
+    #[must_use]
+    pub fn hardware_files_in_child(&self) -> Vec<HardwareFile> {
+        let mut files = Vec::new();
+        let mut add = |number, seen_by_application| {
+            files.push(HardwareFile {
+                number,
+                seen_by_application,
+            })
+        };
+        if let Ok(contexts) = self.contexts.try_lock() {
+            for context in contexts.iter() {
+                // SAFETY: the child has a copy of both objects; only numbers are read.
+                unsafe {
+                    add((*context.app()).cmd_fd, true);
+                    if let Some(hardware) = context.hardware().as_ref() {
+                        add(hardware.cmd_fd, false);
+                        add(hardware.async_fd, false);
+                    }
+                }
+            }
+        }
+        if let Ok(channels) = self.channels.try_lock() {
+            // SAFETY: as above.
+            let hardware = channels
+                .iter()
+                .filter_map(|channel| unsafe { channel.hardware().as_ref() });
+            hardware.for_each(|hardware| add(hardware.fd, false));
+        }
+        files
+    }
+
     #[must_use]
     pub fn is_disowned(&self) -> bool {
         self.forked.load(Ordering::Acquire)
     }
+}
+
+/// A file that leads to the hardware.
+#[derive(Clone, Copy, Debug)]
+pub struct HardwareFile {
+    pub number: i32,
+    /// The application may name this number, so it must stay open on something.
+    pub seen_by_application: bool,
 }
 
 /// A pointer to an object of ours in a registry. Registries are emptied of an object before it is freed.

@@ -27,15 +27,23 @@ pub fn alloc(app: *mut ibv_context) -> Verb<*mut ibv_pd> {
     process().check_owner()?;
     let context = process().context(app)?;
     // SAFETY: the gate is held, so the hardware is there.
-    let hardware = context.verbs.pointer(unsafe { (context.verbs.ibv_alloc_pd)(context.hardware()) })?;
+    let hardware = context
+        .verbs
+        .pointer(unsafe { (context.verbs.ibv_alloc_pd)(context.hardware()) })?;
     let domain = Box::leak(Box::new(ProtectionDomain {
         // SAFETY: the device's own object, just made.
-        app: ibv_pd { context: app, handle: unsafe { (*hardware).handle } },
+        app: ibv_pd {
+            context: app,
+            handle: unsafe { (*hardware).handle },
+        },
         context,
         hardware: AtomicPtr::new(hardware),
         index: AtomicUsize::new(0),
     }));
-    let index = context.objects().domains.insert(Registered((&*domain).into()));
+    let index = context
+        .objects()
+        .domains
+        .insert(Registered((&*domain).into()));
     domain.index.store(index, Ordering::Relaxed);
     Ok(&raw mut domain.app)
 }
@@ -54,7 +62,11 @@ pub unsafe fn dealloc(app: *mut ibv_pd) -> Verb<()> {
     unsafe {
         let domain = ProtectionDomain::of(app);
         Errno::check((domain.context.verbs.ibv_dealloc_pd)(domain.hardware()))?;
-        domain.context.objects().domains.remove(domain.index.load(Ordering::Relaxed));
+        domain
+            .context
+            .objects()
+            .domains
+            .remove(domain.index.load(Ordering::Relaxed));
         drop(Box::from_raw(app.cast::<ProtectionDomain>()));
     }
     Ok(())

@@ -13,7 +13,8 @@ use crate::errno::{Errno, Verb};
 use crate::log::{ReceiveRing, ReceiveSlot};
 
 /// `ibv_post_recv` or `ibv_post_srq_recv` of the hardware; both take their queue, a chain and where to leave a bad one.
-pub(super) type PostReceive = unsafe extern "C" fn(*mut c_void, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
+pub(super) type PostReceive =
+    unsafe extern "C" fn(*mut c_void, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
 
 #[derive(Debug)]
 pub(crate) struct ReceiveQueue {
@@ -45,7 +46,10 @@ impl Default for ReceiveQueue {
             ring: ReceiveRing::default(),
             elements: Box::default(),
         };
-        Self { lock: QueueLock::default(), state: UnsafeCell::new(state) }
+        Self {
+            lock: QueueLock::default(),
+            state: UnsafeCell::new(state),
+        }
     }
 }
 
@@ -96,7 +100,15 @@ impl ReceiveQueue {
         self.with(|state| {
             if !state.ring.is_allocated() {
                 state.ring = ReceiveRing::new(capacity, max_sge, owner)?;
-                state.elements = vec![ibv_sge { addr: 0, length: 0, lkey: 0 }; max_sge.max(1) as usize].into();
+                state.elements = vec![
+                    ibv_sge {
+                        addr: 0,
+                        length: 0,
+                        lkey: 0
+                    };
+                    max_sge.max(1) as usize
+                ]
+                .into();
                 state.translate = process().translates();
             }
             Ok(())
@@ -151,11 +163,18 @@ impl State {
         // SAFETY: the caller has the entry under the queue's lock; `elements` has room for as many as an entry.
         unsafe {
             if !self.translate {
-                return Errno::check((self.post)(self.hardware, &raw mut (*slot).wr, &raw mut refused));
+                return Errno::check((self.post)(
+                    self.hardware,
+                    &raw mut (*slot).wr,
+                    &raw mut refused,
+                ));
             }
             let mut copy = (*slot).wr;
             for (to, from) in self.elements.iter_mut().zip((*slot).elements()) {
-                *to = ibv_sge { lkey: local_key(context, from)?, ..*from };
+                *to = ibv_sge {
+                    lkey: local_key(context, from)?,
+                    ..*from
+                };
             }
             copy.sg_list = self.elements.as_mut_ptr();
             Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))

@@ -1,8 +1,8 @@
 //! Shared receive queues.
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use rdma_core_sys::{
     IBV_SRQ_LIMIT, IBV_SRQ_MAX_WR, ibv_pd, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
@@ -58,21 +58,28 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> Verb<*mut
         delivered: AtomicU32::new(0),
         index: AtomicUsize::new(0),
     });
-    let owner = std::ptr::from_ref(&*queue).cast_mut().map_addr(|address| address | SHARED).cast();
+    let owner = std::ptr::from_ref(&*queue)
+        .cast_mut()
+        .map_addr(|address| address | SHARED)
+        .cast();
     queue.create_hardware(&mut init.attr)?;
-    if let Err(error) = queue.queue.allocate(init.attr.max_wr, init.attr.max_sge, owner) {
+    if let Err(error) = queue
+        .queue
+        .allocate(init.attr.max_wr, init.attr.max_sge, owner)
+    {
         // SAFETY: made above, used by nobody.
         unsafe { (context.verbs.ibv_destroy_srq)(queue.hardware()) };
         return Err(error);
     }
     let queue = Box::leak(queue);
-    let index = context.objects().shared_queues.insert(Registered((&*queue).into()));
+    let index = context
+        .objects()
+        .shared_queues
+        .insert(Registered((&*queue).into()));
     queue.index.store(index, Ordering::Relaxed);
-    // SAFETY: the field is in place for as long as the queue is; the hardware's object was made just now.
-    unsafe {
-        queue.app.public.handle = (*queue.hardware()).handle;
-        Ok(&raw mut *queue.app.public)
-    }
+    // SAFETY: the hardware's object was made just now.
+    queue.app.public.handle = unsafe { (*queue.hardware()).handle };
+    Ok(&raw mut queue.app.public)
 }
 
 /// `ibv_destroy_srq`.
@@ -91,7 +98,11 @@ pub unsafe fn destroy(app: *mut ibv_srq) -> Verb<()> {
         let _events = process().events();
         // SAFETY: the device's own.
         Errno::check(unsafe { (queue.context.verbs.ibv_destroy_srq)(queue.hardware()) })?;
-        queue.context.objects().shared_queues.remove(queue.index.load(Ordering::Relaxed));
+        queue
+            .context
+            .objects()
+            .shared_queues
+            .remove(queue.index.load(Ordering::Relaxed));
         let unread = super::queue_pair::purge_events(queue.context, app.expose_provenance());
         queue.delivered.load(Ordering::Relaxed).wrapping_sub(unread)
     };
@@ -124,7 +135,11 @@ pub unsafe fn modify(app: *mut ibv_srq, attr: *mut ibv_srq_attr, mask: i32) -> V
     // SAFETY: as the caller vouches; the gate is held.
     unsafe {
         let queue = SharedReceiveQueue::of(app);
-        Errno::check((queue.context.verbs.ibv_modify_srq)(queue.hardware(), attr, mask))?;
+        Errno::check((queue.context.verbs.ibv_modify_srq)(
+            queue.hardware(),
+            attr,
+            mask,
+        ))?;
         if mask as u32 & IBV_SRQ_LIMIT != 0 {
             lock(&queue.attr).srq_limit = (*attr).srq_limit;
         }
@@ -182,17 +197,30 @@ impl SharedReceiveQueue {
     fn create_hardware(&self, attr: &mut ibv_srq_attr) -> Verb<()> {
         let verbs = self.context.verbs;
         let context = std::ptr::from_ref(self).cast_mut().cast::<c_void>();
-        let mut init = ibv_srq_init_attr { srq_context: context, attr: *attr };
+        let mut init = ibv_srq_init_attr {
+            srq_context: context,
+            attr: *attr,
+        };
         // SAFETY: the domain outlives its queues; the gate is held or closed by us.
         unsafe {
-            let hardware = verbs.pointer((verbs.ibv_create_srq)((*self.domain).hardware(), &raw mut init))?;
+            let hardware = verbs.pointer((verbs.ibv_create_srq)(
+                (*self.domain).hardware(),
+                &raw mut init,
+            ))?;
             self.hardware.store(hardware, Ordering::Release);
-            let post = (*(*hardware).context).ops.post_srq_recv.ok_or(Errno::NOT_SUPPORTED)?;
+            let post = (*(*hardware).context)
+                .ops
+                .post_srq_recv
+                .ok_or(Errno::NOT_SUPPORTED)?;
             // The two signatures differ in the type of the queue alone.
             self.queue.attach(
                 hardware.cast(),
                 std::mem::transmute::<
-                    unsafe extern "C" fn(*mut ibv_srq, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> i32,
+                    unsafe extern "C" fn(
+                        *mut ibv_srq,
+                        *mut ibv_recv_wr,
+                        *mut *mut ibv_recv_wr,
+                    ) -> i32,
                     PostReceive,
                 >(post),
             );
@@ -205,7 +233,11 @@ impl SharedReceiveQueue {
         self.queue.detach();
         let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
         // The limit may have fired, which disarms it: what it is now is what the fresh queue must have.
-        let mut now = ibv_srq_attr { max_wr: 0, max_sge: 0, srq_limit: 0 };
+        let mut now = ibv_srq_attr {
+            max_wr: 0,
+            max_sge: 0,
+            srq_limit: 0,
+        };
         // SAFETY: the device's own, which nobody can reach any more.
         unsafe {
             if (self.context.verbs.ibv_query_srq)(hardware, &raw mut now) == 0 {
@@ -228,7 +260,11 @@ impl SharedReceiveQueue {
         if attr.srq_limit > 0 {
             // SAFETY: rebuilt, so the hardware is there.
             Errno::check(unsafe {
-                (self.context.verbs.ibv_modify_srq)(self.hardware(), &raw mut attr, IBV_SRQ_LIMIT as i32)
+                (self.context.verbs.ibv_modify_srq)(
+                    self.hardware(),
+                    &raw mut attr,
+                    IBV_SRQ_LIMIT as i32,
+                )
             })?;
         }
         Ok(())

@@ -36,6 +36,11 @@ impl Detected {
             })
     }
 
+    /// A function of libibverbs' public interface, as of version 1.1.
+    pub fn public_function(&self, name: &'static CStr) -> Option<*const c_void> {
+        self.library.versioned_symbol(name, c"IBVERBS_1.1")
+    }
+
     /// The address of `verbs_register_driver_NN`.
     ///
     /// # Errors

@@ -24,7 +24,11 @@ pub(crate) fn translate_address(
     if attr.is_global != 0 {
         // SAFETY: both views of a GID are plain bytes.
         let gid = VirtualGid(unsafe { attr.grh.dgid.raw });
-        translated.grh.dgid.raw = if is_multicast(&gid) { gid.0 } else { directory.gid(gid)?.0 };
+        translated.grh.dgid.raw = if is_multicast(&gid) {
+            gid.0
+        } else {
+            directory.gid(gid)?.0
+        };
         translated.grh.sgid_index = context.hardware_gid_index(attr.port_num, attr.grh.sgid_index);
     }
     if attr.dlid != 0 && attr.dlid < MULTICAST_LID {
@@ -49,11 +53,18 @@ impl QueuePair {
     /// The application's attributes as the hardware must get them.
     pub(super) fn translate_attributes(&self, attr: &ibv_qp_attr, mask: u32) -> Verb<ibv_qp_attr> {
         let mut translated = *attr;
-        let Some(directory) = process().directory() else { return Ok(translated) };
+        let Some(directory) = process().directory() else {
+            return Ok(translated);
+        };
         let known = lock(&self.attributes).all().0;
-        let vector = if mask & IBV_QP_AV != 0 { &attr.ah_attr } else { &known.ah_attr };
+        let vector = if mask & IBV_QP_AV != 0 {
+            &attr.ah_attr
+        } else {
+            &known.ah_attr
+        };
         if mask & IBV_QP_AV != 0 {
-            translated.ah_attr = translate_address(self.context, &directory, vector).ok_or(Errno::INVALID)?;
+            translated.ah_attr =
+                translate_address(self.context, &directory, vector).ok_or(Errno::INVALID)?;
         }
         if mask & IBV_QP_DEST_QPN != 0 {
             // A number that is in no table is younger than the restart and means itself.
@@ -69,7 +80,8 @@ impl QueuePair {
             let (address, qpn) = attributes.peer()?;
             Some(directory.peer(address, qpn)?.clone())
         });
-        self.send.set_peer_keys(peer.map(|peer| Arc::clone(&peer.keys)));
+        self.send
+            .set_peer_keys(peer.map(|peer| Arc::clone(&peer.keys)));
     }
 
     /// How this queue pair is addressed: every address of its port.

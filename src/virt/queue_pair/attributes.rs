@@ -2,9 +2,9 @@
 
 use rdma_core_sys::{
     IBV_QP_ACCESS_FLAGS, IBV_QP_ALT_PATH, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
-    IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT, IBV_QP_QKEY,
-    IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT, IBV_QPS_RESET,
-    ibv_qp_attr, ibv_qp_state,
+    IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
+    IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
+    IBV_QP_TIMEOUT, IBV_QPS_RESET, ibv_qp_attr, ibv_qp_state,
 };
 
 use crate::handle::{Psn, VirtualQpn};
@@ -25,7 +25,10 @@ pub(super) struct Attributes {
 
 impl std::fmt::Debug for Attributes {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_struct("Attributes").field("mask", &self.mask).field("state", &self.state).finish_non_exhaustive()
+        out.debug_struct("Attributes")
+            .field("mask", &self.mask)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
     }
 }
 
@@ -33,7 +36,13 @@ impl Default for Attributes {
     fn default() -> Self {
         // SAFETY: plain numbers; zero is what a fresh queue pair has.
         let attr = unsafe { std::mem::zeroed() };
-        Self { attr, mask: 0, state: IBV_QPS_RESET, released_state: IBV_QPS_RESET, fresh_psn: Psn(0) }
+        Self {
+            attr,
+            mask: 0,
+            state: IBV_QPS_RESET,
+            released_state: IBV_QPS_RESET,
+            fresh_psn: Psn(0),
+        }
     }
 }
 

@@ -18,7 +18,9 @@ const IPV4_AT: usize = 20;
 /// # Safety
 /// `head` must be that of the receive it completed, not retired yet.
 pub(crate) unsafe fn rewrite_datagram(completion: &mut ibv_wc, head: &SlotHead) {
-    let Some(directory) = process().directory() else { return };
+    let Some(directory) = process().directory() else {
+        return;
+    };
     let mut source = None;
     if completion.wc_flags & IBV_WC_GRH != 0 {
         // SAFETY: the entry is not retired, so its elements are those of this receive, whose memory the device has just
@@ -33,7 +35,9 @@ pub(crate) unsafe fn rewrite_datagram(completion: &mut ibv_wc, head: &SlotHead) 
         completion.slid = lid;
     }
     if let Some(address) = source.or(lid.map(Address::Lid)) {
-        completion.src_qp = directory.qpn_back(address, HardwareQpn(completion.src_qp)).0;
+        completion.src_qp = directory
+            .qpn_back(address, HardwareQpn(completion.src_qp))
+            .0;
     }
 }
 
@@ -70,8 +74,13 @@ fn rewrite_ipv4(grh: &mut [u8; GRH_BYTES], at: usize, directory: &Directory) -> 
 
 /// RFC 791: the ones' complement sum of the header, its own field taken as zero.
 fn ipv4_checksum(header: &[u8; 20]) -> u16 {
-    let words = header.chunks_exact(2).enumerate().filter(|(index, _)| *index != 5);
-    let sum: u32 = words.map(|(_, word)| u32::from(word[0]) << 8 | u32::from(word[1])).sum();
+    let words = header
+        .chunks_exact(2)
+        .enumerate()
+        .filter(|(index, _)| *index != 5);
+    let sum: u32 = words
+        .map(|(_, word)| u32::from(word[0]) << 8 | u32::from(word[1]))
+        .sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !((folded & 0xffff) as u16 + (folded >> 16) as u16)
 }
@@ -85,13 +94,21 @@ impl GrhBytes {
     unsafe fn read(head: &SlotHead) -> Self {
         let mut bytes = [0; GRH_BYTES];
         // SAFETY: as the caller vouches.
-        unsafe { each_part(head, |at, part, length| bytes[at..at + length].as_mut_ptr().copy_from(part, length)) };
+        unsafe {
+            each_part(head, |at, part, length| {
+                bytes[at..at + length].as_mut_ptr().copy_from(part, length)
+            })
+        };
         Self { bytes }
     }
 
     unsafe fn write_back(&self, head: &SlotHead) {
         // SAFETY: as the caller vouches.
-        unsafe { each_part(head, |at, part, length| part.copy_from(self.bytes[at..at + length].as_ptr(), length)) };
+        unsafe {
+            each_part(head, |at, part, length| {
+                part.copy_from(self.bytes[at..at + length].as_ptr(), length)
+            })
+        };
     }
 }
 
@@ -102,7 +119,11 @@ unsafe fn each_part(head: &SlotHead, mut visit: impl FnMut(usize, *mut u8, usize
     let mut at = 0;
     for element in slot.elements() {
         let length = (element.length as usize).min(GRH_BYTES - at);
-        visit(at, std::ptr::with_exposed_provenance_mut(element.addr as usize), length);
+        visit(
+            at,
+            std::ptr::with_exposed_provenance_mut(element.addr as usize),
+            length,
+        );
         at += length;
     }
 }
@@ -131,23 +152,36 @@ mod tests {
             queue_pairs: Vec::new(),
             rkeys: Vec::new(),
         };
-        Directory::new(&[ProcessNumbers { pid: 1, contexts: vec![context(1), context(2)] }])
+        Directory::new(&[ProcessNumbers {
+            pid: 1,
+            contexts: vec![context(1), context(2)],
+        }])
     }
 
     #[test]
     fn an_ipv4_header_gets_the_old_addresses_and_a_valid_checksum() {
         let mut grh = [0; GRH_BYTES];
-        grh[20..40].copy_from_slice(&[0x45, 0, 0, 60, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 99, 0, 1, 10, 99, 0, 2]);
-        assert_eq!(rewrite_grh(&mut grh, &directory()), Some(VirtualGid(mapped(1, 77))));
+        grh[20..40].copy_from_slice(&[
+            0x45, 0, 0, 60, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 99, 0, 1, 10, 99, 0, 2,
+        ]);
+        assert_eq!(
+            rewrite_grh(&mut grh, &directory()),
+            Some(VirtualGid(mapped(1, 77)))
+        );
         assert_eq!(grh[32..40], [10, 77, 0, 1, 10, 77, 0, 2]);
-        let words = grh[20..40].chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
+        let words = grh[20..40]
+            .chunks(2)
+            .map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
         let sum: u32 = words.sum();
         assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff);
     }
 
     #[test]
     fn the_checksum_is_that_of_a_known_header() {
-        let header = [0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7];
+        let header = [
+            0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0,
+            0xc7,
+        ];
         assert_eq!(ipv4_checksum(&header), 0xb861);
     }
 
@@ -157,7 +191,10 @@ mod tests {
         grh[0] = 0x60;
         grh[8..24].copy_from_slice(&mapped(2, 99));
         grh[24..40].copy_from_slice(&mapped(1, 99));
-        assert_eq!(rewrite_grh(&mut grh, &directory()), Some(VirtualGid(mapped(2, 77))));
+        assert_eq!(
+            rewrite_grh(&mut grh, &directory()),
+            Some(VirtualGid(mapped(2, 77)))
+        );
         assert_eq!(grh[24..40], mapped(1, 77));
     }
 }

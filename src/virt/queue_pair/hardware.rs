@@ -4,11 +4,11 @@ use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 
 use rdma_core_sys::{
-    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC, IBV_QP_MAX_QP_RD_ATOMIC,
-    IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT, IBV_QP_QKEY, IBV_QP_RETRY_CNT,
-    IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT,
-    IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, ibv_ah_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
-    ibv_qp_state, ibv_recv_wr,
+    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
+    IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
+    IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
+    IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS,
+    IBV_QPS_SQD, ibv_ah_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
 };
 
 use super::QueuePair;
@@ -51,19 +51,30 @@ impl QueuePair {
                 qp_context: std::ptr::from_ref(self).cast_mut().cast::<c_void>(),
                 send_cq: (*self.send_completions).hardware(),
                 recv_cq: (*self.receive_completions).hardware(),
-                srq: self.shared.as_ref().map_or(std::ptr::null_mut(), |shared| shared.hardware()),
+                srq: self
+                    .shared
+                    .as_ref()
+                    .map_or(std::ptr::null_mut(), |shared| shared.hardware()),
                 cap: self.capacity,
                 qp_type: self.kind,
                 sq_sig_all: i32::from(self.signal_all),
             };
-            let made = verbs.pointer((verbs.ibv_create_qp)((*self.domain).hardware(), &raw mut init))?;
+            let made = verbs.pointer((verbs.ibv_create_qp)(
+                (*self.domain).hardware(),
+                &raw mut init,
+            ))?;
             Ok((made, init))
         }
     }
 
     pub(super) fn attach_send_queue(&self) -> Verb<()> {
         // SAFETY: the hardware is there.
-        let post = unsafe { (*(*self.hardware()).context).ops.post_send.ok_or(Errno::NOT_SUPPORTED)? };
+        let post = unsafe {
+            (*(*self.hardware()).context)
+                .ops
+                .post_send
+                .ok_or(Errno::NOT_SUPPORTED)?
+        };
         self.send.attach(self.hardware(), post);
         Ok(())
     }
@@ -71,7 +82,10 @@ impl QueuePair {
     pub(super) fn attach_receive_queue(&self) -> Verb<()> {
         // SAFETY: the hardware is there. The two signatures differ in the type of the queue alone.
         let post = unsafe {
-            let post = (*(*self.hardware()).context).ops.post_recv.ok_or(Errno::NOT_SUPPORTED)?;
+            let post = (*(*self.hardware()).context)
+                .ops
+                .post_recv
+                .ok_or(Errno::NOT_SUPPORTED)?;
             std::mem::transmute::<
                 unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> i32,
                 PostReceive,
@@ -88,15 +102,22 @@ impl QueuePair {
 
     /// The PSN the hardware's responder expects next.
     pub(crate) fn expected_psn(&self) -> Verb<Psn> {
-        self.query_hardware(IBV_QP_RQ_PSN).map(|attr| Psn(0).advance(attr.rq_psn))
+        self.query_hardware(IBV_QP_RQ_PSN)
+            .map(|attr| Psn(0).advance(attr.rq_psn))
     }
 
     fn query_hardware(&self, mask: u32) -> Verb<ibv_qp_attr> {
         // SAFETY: zero is valid for both; the hardware is there while the gate is held or closed and not released.
         unsafe {
-            let (mut attr, mut init): (ibv_qp_attr, ibv_qp_init_attr) = (std::mem::zeroed(), std::mem::zeroed());
+            let (mut attr, mut init): (ibv_qp_attr, ibv_qp_init_attr) =
+                (std::mem::zeroed(), std::mem::zeroed());
             let verbs = self.context.verbs;
-            Errno::check((verbs.ibv_query_qp)(self.hardware(), &raw mut attr, mask as i32, &raw mut init))?;
+            Errno::check((verbs.ibv_query_qp)(
+                self.hardware(),
+                &raw mut attr,
+                mask as i32,
+                &raw mut init,
+            ))?;
             Ok(attr)
         }
     }
@@ -110,7 +131,9 @@ impl QueuePair {
 
     fn modify_hardware(&self, mut attr: ibv_qp_attr, mask: u32) -> Verb<()> {
         // SAFETY: the hardware is there; `attr` is ours.
-        Errno::check(unsafe { (self.context.verbs.ibv_modify_qp)(self.hardware(), &raw mut attr, mask as i32) })
+        Errno::check(unsafe {
+            (self.context.verbs.ibv_modify_qp)(self.hardware(), &raw mut attr, mask as i32)
+        })
     }
 
     /// Keeps the state to come back to, before anything of ours changes it.
@@ -147,7 +170,9 @@ impl QueuePair {
     pub(crate) fn rebuild(&self) -> Verb<()> {
         let (made, init) = self.create_one()?;
         let (had, got) = (&self.capacity, &init.cap);
-        if got.max_send_wr < had.max_send_wr || got.max_recv_wr < had.max_recv_wr || got.max_inline_data < had.max_inline_data
+        if got.max_send_wr < had.max_send_wr
+            || got.max_recv_wr < had.max_recv_wr
+            || got.max_inline_data < had.max_inline_data
         {
             // SAFETY: made above, used by nobody.
             unsafe { (self.context.verbs.ibv_destroy_qp)(made) };
@@ -156,7 +181,13 @@ impl QueuePair {
         self.hardware.store(made, Ordering::Release);
         let mut random = [0_u8; 4];
         // SAFETY: `random` has room for the bytes asked for.
-        unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), libc::GRND_NONBLOCK) };
+        unsafe {
+            libc::getrandom(
+                random.as_mut_ptr().cast(),
+                random.len(),
+                libc::GRND_NONBLOCK,
+            )
+        };
         lock(&self.attributes).fresh_psn = Psn(0).advance(u32::from_ne_bytes(random));
         Ok(())
     }
@@ -186,8 +217,12 @@ impl QueuePair {
         }
         let (known, set) = attributes.all();
         self.modify_hardware(
-            ibv_qp_attr { qp_state: IBV_QPS_INIT, ..known },
-            (IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT) | set & (IBV_QP_QKEY | IBV_QP_ACCESS_FLAGS),
+            ibv_qp_attr {
+                qp_state: IBV_QPS_INIT,
+                ..known
+            },
+            (IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT)
+                | set & (IBV_QP_QKEY | IBV_QP_ACCESS_FLAGS),
         )?;
         self.attach_send_queue()?;
         self.send.translate();
@@ -203,26 +238,52 @@ impl QueuePair {
             return Ok(Connected::AsBefore);
         }
         let outcome = if self.is_datagram() {
-            self.modify_hardware(ibv_qp_attr { qp_state: IBV_QPS_RTR, ..known }, IBV_QP_STATE)?;
-            self.modify_hardware(ibv_qp_attr { qp_state: IBV_QPS_RTS, sq_psn: attributes.fresh_psn.0, ..known },
-                IBV_QP_STATE | IBV_QP_SQ_PSN)?;
+            self.modify_hardware(
+                ibv_qp_attr {
+                    qp_state: IBV_QPS_RTR,
+                    ..known
+                },
+                IBV_QP_STATE,
+            )?;
+            self.modify_hardware(
+                ibv_qp_attr {
+                    qp_state: IBV_QPS_RTS,
+                    sq_psn: attributes.fresh_psn.0,
+                    ..known
+                },
+                IBV_QP_STATE | IBV_QP_SQ_PSN,
+            )?;
             Connected::AsBefore
         } else {
             self.connect_to_peer(&attributes, directory, mtu)?
         };
         if target == IBV_QPS_SQD {
-            self.modify_hardware(ibv_qp_attr { qp_state: IBV_QPS_SQD, ..known }, IBV_QP_STATE)?;
+            self.modify_hardware(
+                ibv_qp_attr {
+                    qp_state: IBV_QPS_SQD,
+                    ..known
+                },
+                IBV_QP_STATE,
+            )?;
         }
         Ok(outcome)
     }
 
-    fn connect_to_peer(&self, attributes: &Attributes, directory: &Directory, mtu: u8) -> Verb<Connected> {
+    fn connect_to_peer(
+        &self,
+        attributes: &Attributes,
+        directory: &Directory,
+        mtu: u8,
+    ) -> Verb<Connected> {
         let (known, set) = attributes.all();
         let found = attributes.peer().and_then(|(address, qpn)| {
             let vector = translate_address(self.context, directory, &known.ah_attr)?;
             Some((directory.peer(address, qpn)?, vector))
         });
-        let mut ready = ibv_qp_attr { qp_state: IBV_QPS_RTR, ..known };
+        let mut ready = ibv_qp_attr {
+            qp_state: IBV_QPS_RTR,
+            ..known
+        };
         let own = attributes.mtu_bytes().trailing_zeros() as u8;
         let outcome = if let Some((peer, vector)) = found {
             ready.ah_attr = vector;
@@ -230,7 +291,8 @@ impl QueuePair {
             ready.rq_psn = peer.first_psn.0;
             // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
             ready.path_mtu = u32::from(own.min(mtu).min(peer.mtu).clamp(8, 12) - 7);
-            self.send.set_peer_keys(Some(std::sync::Arc::clone(&peer.keys)));
+            self.send
+                .set_peer_keys(Some(std::sync::Arc::clone(&peer.keys)));
             Connected::AsBefore
         } else {
             let (vector, number) = self.context.dead_end(known.port_num, &known.ah_attr)?;
@@ -242,15 +304,31 @@ impl QueuePair {
         };
         let reliable = IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
         let mask = IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
-        self.modify_hardware(ready, if self.is_reliable() { mask | reliable } else { mask } | set & IBV_QP_ACCESS_FLAGS)?;
+        self.modify_hardware(
+            ready,
+            if self.is_reliable() {
+                mask | reliable
+            } else {
+                mask
+            } | set & IBV_QP_ACCESS_FLAGS,
+        )?;
         if attributes.released_state == IBV_QPS_RTR {
             return Ok(outcome);
         }
         let mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
-        let reliable = IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
+        let reliable =
+            IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
         self.modify_hardware(
-            ibv_qp_attr { qp_state: IBV_QPS_RTS, sq_psn: attributes.fresh_psn.0, ..known },
-            if self.is_reliable() { mask | reliable } else { mask },
+            ibv_qp_attr {
+                qp_state: IBV_QPS_RTS,
+                sq_psn: attributes.fresh_psn.0,
+                ..known
+            },
+            if self.is_reliable() {
+                mask | reliable
+            } else {
+                mask
+            },
         )?;
         self.send.start(attributes.fresh_psn, 128 << ready.path_mtu);
         Ok(outcome)

@@ -17,15 +17,17 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use rdma_core_sys::{
-    IBV_QP_CAP, IBV_QP_STATE, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPT_RC, IBV_QPT_UC,
-    IBV_QPT_UD, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_type,
+    IBV_QP_CAP, IBV_QP_STATE, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPT_RC,
+    IBV_QPT_UC, IBV_QPT_UD, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_type,
 };
 
 use self::attributes::Attributes;
+pub(crate) use self::hardware::{Connected, own_address};
 use self::post::SendQueue;
 use super::AppQp;
 use super::completion_queue::CompletionQueue;
 use super::context::Context;
+use super::ports::PortMap;
 use super::process::{Registered, lock, process};
 use super::protection_domain::ProtectionDomain;
 use super::receive_queue::ReceiveQueue;
@@ -120,7 +122,10 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut 
         libc::pthread_cond_init(&raw mut public.cond, std::ptr::null());
     }
     let pair = Box::leak(pair);
-    let index = context.objects().queue_pairs.insert(Registered((&*pair).into()));
+    let index = context
+        .objects()
+        .queue_pairs
+        .insert(Registered((&*pair).into()));
     pair.index.store(index, Ordering::Relaxed);
     Ok(pair.app())
 }
@@ -129,12 +134,11 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut 
 /// the next restart, as peers keep their tables until then.
 fn collides(context: &Context, number: HardwareQpn) -> bool {
     process().directory().is_some_and(|directory| {
-        let addresses = super::process::lock(&context.ports);
-        addresses.iter().any(|port| {
-            let gids = port.gids.iter().map(|(gid, _)| crate::translate::Address::Gid(*gid));
-            let lid = std::iter::once(crate::translate::Address::Lid(port.lid.0));
-            gids.chain(lid).any(|address| directory.peer(address, VirtualQpn(number.0)).is_some())
-        })
+        let ports = lock(&context.ports);
+        ports
+            .iter()
+            .flat_map(PortMap::addresses)
+            .any(|address| directory.peer(address, VirtualQpn(number.0)).is_some())
     })
 }
 
@@ -158,10 +162,15 @@ pub unsafe fn destroy(app: *mut ibv_qp) -> Verb<()> {
                 Errno::check((pair.context.verbs.ibv_destroy_qp)(pair.hardware()))?;
             }
         }
-        pair.context.objects().queue_pairs.remove(pair.index.load(Ordering::Relaxed));
+        pair.context
+            .objects()
+            .queue_pairs
+            .remove(pair.index.load(Ordering::Relaxed));
         if lock(&pair.attributes).state != IBV_QPS_RESET {
             // Completions that the hardware still holds name entries of the logs that are about to go.
-            pair.each_completion_queue(|queue| drop(queue.drain(|_| false)));
+            pair.each_completion_queue(|queue| {
+                queue.drain(|_| false);
+            });
         }
         let unread = purge_events(pair.context, app.expose_provenance());
         pair.delivered.load(Ordering::Relaxed).wrapping_sub(unread)
@@ -192,13 +201,23 @@ pub(crate) fn purge_events(context: &Context, object: usize) -> u32 {
 ///
 /// # Errors
 /// What the device answers.
-pub unsafe fn query(app: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: i32, init: *mut ibv_qp_init_attr) -> Verb<()> {
+pub unsafe fn query(
+    app: *mut ibv_qp,
+    attr: *mut ibv_qp_attr,
+    mask: i32,
+    init: *mut ibv_qp_init_attr,
+) -> Verb<()> {
     let _inside = process().gate.enter();
     process().check_owner()?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
     unsafe {
         let pair = QueuePair::of(app);
-        Errno::check((pair.context.verbs.ibv_query_qp)(pair.hardware(), attr, mask, init))?;
+        Errno::check((pair.context.verbs.ibv_query_qp)(
+            pair.hardware(),
+            attr,
+            mask,
+            init,
+        ))?;
         if process().translates() {
             lock(&pair.attributes).show(&mut *attr);
         }
@@ -238,7 +257,11 @@ pub unsafe fn modify(app: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: i32) -> Ver
             pair.allocate_logs()?;
         }
         let mut translated = pair.translate_attributes(wanted, mask as u32)?;
-        Errno::check((pair.context.verbs.ibv_modify_qp)(pair.hardware(), &raw mut translated, mask))?;
+        Errno::check((pair.context.verbs.ibv_modify_qp)(
+            pair.hardware(),
+            &raw mut translated,
+            mask,
+        ))?;
         pair.modified(wanted, mask as u32);
     }
     Ok(())
@@ -309,7 +332,8 @@ impl QueuePair {
         let capacity = &self.capacity;
         self.send.allocate(capacity, self.owner())?;
         if self.shared.is_null() {
-            self.receive.allocate(capacity.max_recv_wr, capacity.max_recv_sge, self.owner())?;
+            self.receive
+                .allocate(capacity.max_recv_wr, capacity.max_recv_sge, self.owner())?;
             self.attach_receive_queue()?;
         }
         self.attach_send_queue()
@@ -329,7 +353,8 @@ impl QueuePair {
                 attributes.forget();
             }
             IBV_QPS_RTS if mask & rdma_core_sys::IBV_QP_SQ_PSN != 0 => {
-                self.send.start(attributes.first_psn(), attributes.mtu_bytes());
+                self.send
+                    .start(attributes.first_psn(), attributes.mtu_bytes());
             }
             IBV_QPS_RTR => self.learn_peer(&attributes),
             _ => {}

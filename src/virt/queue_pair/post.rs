@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rdma_core_sys::{
-    IBV_QPT_UD, IBV_SEND_INLINE, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND,
-    IBV_WR_SEND_WITH_IMM, ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_recv_wr, ibv_send_wr, ibv_sge,
+    IBV_QPT_UD, IBV_SEND_INLINE, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM,
+    IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_recv_wr, ibv_send_wr,
+    ibv_sge,
 };
 
 use super::QueuePair;
@@ -65,7 +66,11 @@ pub(super) struct State {
 /// # Safety
 /// As `ibv_post_send` demands.
 #[inline]
-pub unsafe fn post_send(app: *mut ibv_qp, request: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+pub unsafe fn post_send(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
     // SAFETY: as the caller vouches; `state` is only touched under the lock.
     unsafe {
         let pair = QueuePair::of(app);
@@ -96,7 +101,11 @@ pub unsafe fn post_send(app: *mut ibv_qp, request: *mut ibv_send_wr, bad: *mut *
 /// # Safety
 /// As `ibv_post_recv` demands.
 #[inline]
-pub unsafe fn post_receive(app: *mut ibv_qp, request: *mut ibv_recv_wr, bad: *mut *mut ibv_recv_wr) -> c_int {
+pub unsafe fn post_receive(
+    app: *mut ibv_qp,
+    request: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
     // SAFETY: as the caller vouches.
     unsafe {
         let pair = QueuePair::of(app);
@@ -104,7 +113,11 @@ pub unsafe fn post_receive(app: *mut ibv_qp, request: *mut ibv_recv_wr, bad: *mu
     }
 }
 
-unsafe extern "C" fn refuse(_: *mut ibv_qp, request: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+unsafe extern "C" fn refuse(
+    _: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
     // SAFETY: only called by us, with a place for the answer.
     unsafe { *bad = request };
     libc::EINVAL
@@ -189,7 +202,10 @@ impl State {
             let mut failed = None;
             loop {
                 let next = std::mem::replace(&mut (*slot).wr.next, std::ptr::null_mut());
-                if code != 0 && failed.is_none() && (&raw mut (*slot).wr == refused || refused.is_null()) {
+                if code != 0
+                    && failed.is_none()
+                    && (&raw mut (*slot).wr == refused || refused.is_null())
+                {
                     failed = Some((request, Errno(code)));
                     self.ring.undo(slot, psn);
                 }
@@ -236,7 +252,10 @@ impl State {
                 if copy.send_flags & IBV_SEND_INLINE == 0 {
                     for index in 0..copy.num_sge as usize {
                         let element = *copy.sg_list.add(index);
-                        self.elements[index] = ibv_sge { lkey: self.local(context, &element)?, ..element };
+                        self.elements[index] = ibv_sge {
+                            lkey: self.local(context, &element)?,
+                            ..element
+                        };
                     }
                     copy.sg_list = self.elements.as_mut_ptr();
                 }
@@ -265,7 +284,10 @@ impl State {
     #[inline(always)]
     fn remote(&mut self, key: u32) -> u32 {
         if u64::from(key) != self.last_remote.0 {
-            let found = self.peer_keys.as_ref().map_or(key, |keys| Directory::remote_key(keys, VirtualKey(key)));
+            let found = self
+                .peer_keys
+                .as_ref()
+                .map_or(key, |keys| Directory::remote_key(keys, VirtualKey(key)));
             self.last_remote = (u64::from(key), found);
         }
         self.last_remote.1
@@ -287,17 +309,32 @@ impl SendQueue {
             last_local: NO_KEY,
             last_remote: NO_KEY,
         };
-        Self { lock: QueueLock::default(), state: UnsafeCell::new(state) }
+        Self {
+            lock: QueueLock::default(),
+            state: UnsafeCell::new(state),
+        }
     }
 
     pub(super) fn allocate(&self, capacity: &ibv_qp_cap, owner: *mut c_void) -> Verb<()> {
         self.with(|state| {
             if !state.ring.is_allocated() {
-                state.ring =
-                    SendRing::new(capacity.max_send_wr, capacity.max_send_sge, capacity.max_inline_data, owner)?;
+                state.ring = SendRing::new(
+                    capacity.max_send_wr,
+                    capacity.max_send_sge,
+                    capacity.max_inline_data,
+                    owner,
+                )?;
                 state.capacity = capacity.max_send_wr;
                 let room = capacity.max_send_sge.max(1) as usize;
-                state.elements = vec![ibv_sge { addr: 0, length: 0, lkey: 0 }; room].into();
+                state.elements = vec![
+                    ibv_sge {
+                        addr: 0,
+                        length: 0,
+                        lkey: 0
+                    };
+                    room
+                ]
+                .into();
                 if process().translates() {
                     state.general |= TRANSLATE;
                 }
@@ -338,7 +375,9 @@ impl SendQueue {
 
     /// Closes the gate of this queue: from here on requests are logged and held.
     pub(super) fn close(&self, limit: Instant) -> bool {
-        let Some(_guard) = self.lock.lock_before(limit) else { return false };
+        let Some(_guard) = self.lock.lock_before(limit) else {
+            return false;
+        };
         // SAFETY: the lock is held.
         let state = unsafe { &mut *self.state.get() };
         state.general |= HOLD;

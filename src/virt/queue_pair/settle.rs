@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use rdma_core_sys::{
-    IBV_SEND_SIGNALED, IBV_WC_COMP_SWAP, IBV_WC_FETCH_ADD, IBV_WC_RDMA_READ, IBV_WC_RDMA_WRITE, IBV_WC_SEND,
-    IBV_WC_SUCCESS, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE,
-    IBV_WR_RDMA_WRITE_WITH_IMM, ibv_wc, ibv_wr_opcode,
+    IBV_SEND_SIGNALED, IBV_WC_COMP_SWAP, IBV_WC_FETCH_ADD, IBV_WC_RDMA_READ, IBV_WC_RDMA_WRITE,
+    IBV_WC_SEND, IBV_WC_SUCCESS, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
+    IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, ibv_wc, ibv_wr_opcode,
 };
 
 use super::QueuePair;
@@ -26,7 +26,11 @@ impl QueuePair {
     pub(crate) fn outstanding(&self) -> u64 {
         self.send.with(|state| {
             let held = state.held_from();
-            state.ring.outstanding().take_while(|slot| *slot != held).count() as u64
+            state
+                .ring
+                .outstanding()
+                .take_while(|slot| *slot != held)
+                .count() as u64
         })
     }
 
@@ -117,5 +121,10 @@ impl QueuePair {
 }
 
 fn response_carries_data(opcode: ibv_wr_opcode) -> bool {
-    [IBV_WR_RDMA_READ, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD].contains(&opcode)
+    [
+        IBV_WR_RDMA_READ,
+        IBV_WR_ATOMIC_CMP_AND_SWP,
+        IBV_WR_ATOMIC_FETCH_AND_ADD,
+    ]
+    .contains(&opcode)
 }

@@ -1,0 +1,212 @@
+//! Answering the orchestrator: which request is allowed in which phase, and what it leads to.
+
+use std::time::Duration;
+
+use crate::checkpoint::{self, Let, Stopped};
+use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
+use crate::virt::process::process;
+
+/// Where the process stands.
+#[derive(Debug)]
+pub(super) struct State {
+    phase: Phase,
+    session: Option<Session>,
+    stopped: Stopped,
+    left: Let,
+    notes: Vec<String>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            phase: Phase::Running,
+            session: None,
+            stopped: Stopped::default(),
+            left: Let::default(),
+            notes: Vec::new(),
+        }
+    }
+}
+
+impl State {
+    pub(super) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Carries out a request.
+    pub(super) fn answer(&mut self, request: Request) -> Reply {
+        let name = name_of(&request);
+        match self.carry_out(request) {
+            Ok(reply) => {
+                tracing::debug!(request = name, phase = ?self.phase, "done");
+                reply
+            }
+            Err(reason) => {
+                tracing::warn!(request = name, phase = ?self.phase, reason, "refused");
+                Reply::Refused {
+                    phase: self.phase,
+                    reason,
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, request: Request) -> Result<Reply, String> {
+        match request {
+            Request::Hello { version } => self.hello(version),
+            Request::Begin { session, takeover } => self.begin(session, takeover),
+            Request::Status => Ok(self.status()),
+            Request::Examine => {
+                self.require(&[Phase::Running, Phase::Closed])?;
+                Ok(Reply::Obstacles {
+                    obstacles: checkpoint::examine(),
+                })
+            }
+            Request::Close { limit_ms } => {
+                self.require(&[Phase::Running])?;
+                checkpoint::close(Duration::from_millis(limit_ms))?;
+                self.enter(Phase::Closed)
+            }
+            Request::Drain { limit_ms } => {
+                self.require(&[Phase::Closed])?;
+                let forward = || super::events::forward(Phase::Closed);
+                Ok(Reply::Drained {
+                    drained: checkpoint::drain(Duration::from_millis(limit_ms), forward),
+                })
+            }
+            Request::Stop { limit_ms } => {
+                self.require(&[Phase::Closed])?;
+                super::events::forward(self.phase);
+                // Once one queue pair has been moved there is no way back to Closed.
+                self.phase = Phase::Stopped;
+                self.stopped = checkpoint::stop(Duration::from_millis(limit_ms))?;
+                self.enter(Phase::Stopped)
+            }
+            Request::Responders => {
+                self.require(&[Phase::Stopped])?;
+                Ok(Reply::Responders {
+                    responders: checkpoint::responders(&mut self.stopped)?,
+                })
+            }
+            Request::Settle { responders } => {
+                self.require(&[Phase::Stopped])?;
+                let notes = checkpoint::settle(&self.stopped, &responders)?;
+                self.note(notes);
+                self.enter(Phase::Settled)
+            }
+            Request::Release => {
+                self.require(&[Phase::Settled])?;
+                self.left = checkpoint::release()?;
+                self.enter(Phase::Released)
+            }
+            Request::Rebuild { devices } => {
+                self.require(&[Phase::Released])?;
+                checkpoint::rebuild(&devices, &self.left)?;
+                self.enter(Phase::Rebuilt)
+            }
+            Request::Publish => {
+                self.require(&[Phase::Rebuilt, Phase::Connected])?;
+                Ok(Reply::Numbers {
+                    numbers: checkpoint::numbers(),
+                })
+            }
+            Request::Connect { numbers } => {
+                self.require(&[Phase::Rebuilt])?;
+                let notes = checkpoint::connect(&numbers)?;
+                self.note(notes);
+                self.enter(Phase::Connected)
+            }
+            Request::Resume => self.resume(),
+        }
+    }
+
+    fn hello(&self, version: u32) -> Result<Reply, String> {
+        if version != PROTOCOL_VERSION {
+            return Err(format!(
+                "this process speaks version {PROTOCOL_VERSION} of the protocol, the command version {version}; \
+                 use the command that belongs to the provider it was started with"
+            ));
+        }
+        Ok(Reply::Hello {
+            version: PROTOCOL_VERSION,
+            pid: std::process::id().cast_signed(),
+            phase: self.phase,
+            session: self.session.clone(),
+        })
+    }
+
+    fn begin(&mut self, session: Session, takeover: bool) -> Result<Reply, String> {
+        match &self.session {
+            Some(owner) if owner.id != session.id && !takeover => Err(format!(
+                "another reverbs, process {}, is at work on this process",
+                owner.pid
+            )),
+            _ => {
+                self.session = Some(session);
+                Ok(Reply::Done { phase: self.phase })
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<Reply, String> {
+        self.require(&[Phase::Running, Phase::Closed, Phase::Connected])?;
+        let opened = match self.phase {
+            Phase::Closed => checkpoint::reopen(),
+            Phase::Connected => checkpoint::resume(),
+            _ => Ok(()),
+        };
+        // What could not be posted is said, but the gates are open: the process runs.
+        if let Err(what) = opened {
+            self.note(vec![what]);
+        }
+        self.session = None;
+        self.stopped = Stopped::default();
+        self.enter(Phase::Running)
+    }
+
+    fn status(&self) -> Reply {
+        // Only this thread closes the gate, so while Running it can be entered without waiting.
+        let _inside = (self.phase == Phase::Running).then(|| process().gate.enter());
+        Reply::Status {
+            status: checkpoint::status(self.phase, self.session.clone(), &self.notes),
+        }
+    }
+
+    fn require(&self, allowed: &[Phase]) -> Result<(), String> {
+        if allowed.contains(&self.phase) {
+            return Ok(());
+        }
+        Err(format!("the process is in phase {:?}", self.phase))
+    }
+
+    fn enter(&mut self, phase: Phase) -> Result<Reply, String> {
+        self.phase = phase;
+        Ok(Reply::Done { phase })
+    }
+
+    fn note(&mut self, notes: Vec<String>) {
+        for note in &notes {
+            tracing::warn!(note);
+        }
+        self.notes.extend(notes);
+    }
+}
+
+fn name_of(request: &Request) -> &'static str {
+    match request {
+        Request::Hello { .. } => "hello",
+        Request::Begin { .. } => "begin",
+        Request::Examine => "examine",
+        Request::Close { .. } => "close",
+        Request::Drain { .. } => "drain",
+        Request::Stop { .. } => "stop",
+        Request::Responders => "responders",
+        Request::Settle { .. } => "settle",
+        Request::Release => "release",
+        Request::Rebuild { .. } => "rebuild",
+        Request::Publish => "publish",
+        Request::Connect { .. } => "connect",
+        Request::Resume => "resume",
+        Request::Status => "status",
+    }
+}

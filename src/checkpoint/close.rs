@@ -1,0 +1,92 @@
+//! Closing and opening the gates.
+
+use std::time::{Duration, Instant};
+
+use super::Phase;
+use crate::virt::process::process;
+
+/// Closes all gates. On failure they are all open again.
+pub(crate) fn close(limit: Duration) -> Phase<()> {
+    let process = process();
+    if !process.gate.close(limit) {
+        return Err(
+            "a thread has stayed inside a control verb; is it stopped, or in a debugger?".into(),
+        );
+    }
+    let until = Instant::now() + limit;
+    for context in process.contexts() {
+        let objects = context.objects();
+        // SAFETY: the gate is closed, so nothing is destroyed.
+        let stuck = unsafe {
+            let pair = objects
+                .queue_pairs
+                .iter()
+                .find(|(_, pair)| !pair.get().close(until));
+            let pair = pair.map(|(_, pair)| format!("queue pair {:#x}", pair.get().number().0));
+            pair.or_else(|| {
+                let queue = objects
+                    .shared_queues
+                    .iter()
+                    .find(|(_, queue)| !queue.get().queue.check(until));
+                queue.map(|_| "a shared receive queue".into())
+            })
+            .or_else(|| {
+                let queue = objects
+                    .completion_queues
+                    .iter()
+                    .find(|(_, queue)| !queue.get().close(until));
+                queue.map(|_| "a completion queue".into())
+            })
+        };
+        drop(objects);
+        if let Some(stuck) = stuck {
+            let reopened = reopen();
+            let what = format!(
+                "a thread has stayed inside a post or poll of {stuck}; is it stopped, or in a debugger?"
+            );
+            return Err(reopened
+                .err()
+                .map_or(what.clone(), |error| format!("{what} And: {error}")));
+        }
+    }
+    Ok(())
+}
+
+/// Opens all gates, after what is held went down; whatever cannot go down is said, and the gates are open all the same.
+pub(crate) fn reopen() -> Phase<()> {
+    let process = process();
+    let mut failed = Vec::new();
+    for context in process.contexts() {
+        let objects = context.objects();
+        // SAFETY: the gate is closed, so nothing is destroyed.
+        unsafe {
+            for (_, queue) in &objects.completion_queues {
+                queue.get().open();
+            }
+            for (_, pair) in &objects.queue_pairs {
+                let pair = pair.get();
+                if let Err(error) = pair.open() {
+                    failed.push(format!("queue pair {:#x}: {error}", pair.number().0));
+                }
+            }
+        }
+    }
+    process.gate.open();
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("held sends were refused: {}", failed.join("; ")))
+    }
+}
+
+/// After a rebuild: notifications are asked for again, then the gates open.
+pub(crate) fn resume() -> Phase<()> {
+    for context in process().contexts() {
+        let objects = context.objects();
+        for (_, queue) in &objects.completion_queues {
+            // SAFETY: the gate is closed, so nothing is destroyed.
+            unsafe { queue.get().resume() };
+        }
+    }
+    reopen()
+}

@@ -1,0 +1,98 @@
+//! What stands in the way, before anything is touched.
+
+use kmod_compat::devices::NodeType;
+use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_descriptors, rdma_mappings};
+use kmod_compat::netlink::Connection;
+use kmod_compat::restrack::live_connection_ids;
+use kmod_compat::sysfs::Sysfs;
+
+use crate::control::message::Obstacle;
+use crate::device;
+use crate::virt::ports;
+use crate::virt::process::process;
+
+/// Everything that a checkpoint cannot carry, by name.
+pub(crate) fn examine() -> Vec<Obstacle> {
+    let mut obstacles = Vec::new();
+    let mut say = |what: String| obstacles.push(Obstacle { what });
+    match rdma_descriptors(&Sysfs::host(), Whose::Own) {
+        Err(error) => say(format!("cannot look at the file descriptors: {error}")),
+        Ok(descriptors) => {
+            let ours = our_descriptors();
+            let mut has_connection_manager = false;
+            for descriptor in descriptors {
+                match &descriptor.kind {
+                    DescriptorKind::ConnectionManager => has_connection_manager = true,
+                    // Event files are ours, or completion channels nobody has used, which are taken over.
+                    DescriptorKind::Events => {}
+                    DescriptorKind::Verbs { .. } if ours.contains(&descriptor.number) => {}
+                    _ => say(format!(
+                        "file descriptor {} is open on {} past reverbs; close it, or start the program under `reverbs run`",
+                        descriptor.number, descriptor.target
+                    )),
+                }
+            }
+            if has_connection_manager {
+                examine_connections(&mut say);
+            }
+        }
+    }
+    for context in process().contexts() {
+        let name = context.hardware_name();
+        // iWARP needs its connection manager to connect, so its queue pairs cannot be connected again.
+        if ports::facts(&name).is_ok_and(|facts| facts.node_type == NodeType::RNIC) {
+            say(format!(
+                "device {name} is iWARP, whose connections cannot be made again"
+            ));
+        }
+    }
+    // The hardware's own mappings go with its contexts; a process that has no context must have none.
+    if process().contexts().is_empty()
+        && let Ok(mappings) = rdma_mappings(Whose::Own)
+        && let Some(mapping) = mappings.first()
+    {
+        say(format!(
+            "{} is mapped at {:#x} past reverbs",
+            mapping.path, mapping.start
+        ));
+    }
+    obstacles
+}
+
+/// Command files of the hardware and those that the application sees.
+fn our_descriptors() -> Vec<i32> {
+    let contexts = process().contexts();
+    let files = contexts.iter().flat_map(|context| {
+        // SAFETY: both contexts are open; only numbers are read.
+        unsafe {
+            [
+                (*context.app()).cmd_fd,
+                device::command_fd(context.hardware()),
+            ]
+        }
+    });
+    files.collect()
+}
+
+fn examine_connections(say: &mut impl FnMut(String)) {
+    let ids = Connection::open()
+        .map_err(|error| error.to_string())
+        .and_then(|mut kernel| {
+            live_connection_ids(&mut kernel, &Sysfs::host(), std::process::id())
+                .map_err(|error| error.to_string())
+        });
+    match ids {
+        Ok(ids) => {
+            for id in ids {
+                let number = id
+                    .number
+                    .map_or_else(|| "?".into(), |number| number.to_string());
+                say(format!(
+                    "rdma_cm id {number} on {} is in use; connections made by rdma_cm are not supported",
+                    id.device
+                ));
+            }
+        }
+        Err(error) => say(format!("cannot see whether rdma_cm is idle: {error}")),
+    }
+}

@@ -1,0 +1,286 @@
+//! Fresh hardware under the same handles.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kmod_compat::ports::DeviceFacts;
+use kmod_compat::substitute::substitute;
+use rdma_core_sys::ibv_port_attr;
+
+use super::Phase;
+use super::release::Let;
+use crate::control::message::{ContextNumbers, DeviceChoice, ProcessNumbers};
+use crate::device;
+use crate::translate::{Directory, KeyTable};
+use crate::virt::context::{Context, replace_command_file};
+use crate::virt::ports;
+use crate::virt::process::{lock, process};
+use crate::virt::queue_pair::Connected;
+
+/// Opens devices and makes every object again, but leaves queue pairs unconnected.
+pub(crate) fn rebuild(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
+    for context in process().contexts() {
+        open_device(context, choices)?;
+    }
+    for channel in process().channels().iter() {
+        channel
+            .rebuild()
+            .map_err(|error| format!("completion channel: {error}"))?;
+    }
+    for context in process().contexts() {
+        let name = context.hardware_name();
+        rebuild_objects(context).map_err(|what| format!("device {name}: {what}"))?;
+        context.watch_hardware_events();
+    }
+    for number in &left.connection_managers {
+        let path = "/dev/infiniband/rdma_cm";
+        match File::options().read(true).write(true).open(path) {
+            Ok(file) => {
+                substitute(*number, OwnedFd::from(file)).map_err(|error| error.to_string())?
+            }
+            // It was idle, and a host without a connection manager has nothing better than what is there now.
+            Err(error) => {
+                tracing::warn!(fd = number, %error, "{path} is not there; the descriptor stays closed")
+            }
+        }
+    }
+    process().count_rebuild();
+    Ok(())
+}
+
+fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()> {
+    let name = choose(context, choices)?;
+    let cname = CString::new(name.clone()).map_err(|error| error.to_string())?;
+    let hardware = context
+        .verbs
+        .open(&cname)
+        .map_err(|error| format!("cannot open device {name}: {error}"))?;
+    context.set_hardware(hardware);
+    context.set_hardware_name(&cname);
+    let now = ports::facts(&name).map_err(|error| format!("device {name}: {error}"))?;
+    let first_seen = lock(&context.first_seen)
+        .clone()
+        .ok_or("the device was never let go of")?;
+    map_ports(context, &first_seen, &now)?;
+    lead_queries(context, &first_seen)?;
+    // SAFETY: both contexts are open.
+    unsafe { replace_command_file((*context.app()).cmd_fd, device::command_fd(hardware)) }
+        .map_err(|error| format!("command file of {name}: {error}"))
+}
+
+/// The device asked for; else that of the same name; else the one that has the addresses; else the only one.
+fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
+    let first = context.name();
+    let asked = choices
+        .iter()
+        .find(|choice| choice.from.as_ref() == Some(&first));
+    if let Some(choice) = asked.or_else(|| choices.iter().find(|choice| choice.from.is_none())) {
+        return Ok(choice.to.clone());
+    }
+    let names = context
+        .verbs
+        .device_names()
+        .map_err(|error| format!("cannot list devices: {error}"))?;
+    let wanted = lock(&context.first_seen).clone();
+    let has_address = |name: &&String| {
+        let (Some(wanted), Ok(now)) = (&wanted, ports::facts(name)) else {
+            return false;
+        };
+        let gids = |facts: &DeviceFacts| -> Vec<_> {
+            facts
+                .ports
+                .iter()
+                .flat_map(|port| port.gids.iter().map(|entry| entry.gid))
+                .filter(|gid| !gid.is_zero())
+                .collect()
+        };
+        let now = gids(&now);
+        gids(wanted).iter().any(|gid| now.contains(gid))
+    };
+    let by_name = names.iter().find(|name| **name == first);
+    let only = if names.len() == 1 {
+        names.first()
+    } else {
+        None
+    };
+    by_name.or_else(|| names.iter().find(has_address)).or(only).cloned().ok_or_else(|| {
+        format!("no device here is {first} or has its address; choose one with --device {first}=NAME: {}", names.join(", "))
+    })
+}
+
+fn map_ports(context: &Context, first_seen: &DeviceFacts, now: &DeviceFacts) -> Phase<()> {
+    let mut maps = Vec::new();
+    for then in &first_seen.ports {
+        let Some(port) = now.ports.iter().find(|port| port.number == then.number) else {
+            return Err(format!("device {} has no port {}", now.name, then.number));
+        };
+        // SAFETY: zero is valid; the context is open.
+        let mtu = unsafe {
+            let mut attr: ibv_port_attr = std::mem::zeroed();
+            device::query_port(context.hardware(), then.number as u8, &raw mut attr)
+                .map_err(|error| format!("port {} of {}: {error}", then.number, now.name))?;
+            // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
+            attr.active_mtu as u8 + 7
+        };
+        maps.push(ports::map_port(then, port, mtu));
+    }
+    *lock(&context.ports) = maps;
+    Ok(())
+}
+
+/// What libibverbs answers past the provider comes from a tree of the device as first seen.
+fn lead_queries(context: &Context, first_seen: &DeviceFacts) -> Phase<()> {
+    let folder = context.tree_folder().map_err(|error| error.to_string())?;
+    let tree = kmod_compat::sysfs_tree::write(
+        &folder,
+        first_seen,
+        kmod_compat::sysfs_tree::host_has_interface,
+    )
+    .map_err(|error| error.to_string())?;
+    // SAFETY: the application's context is open, and its command file is still the stand-in.
+    unsafe { (context.lead_queries)(context.app(), &tree) }
+        .map_err(|error| format!("queries past the provider: {error}"))
+}
+
+/// What is used before its users.
+fn rebuild_objects(context: &Context) -> Result<(), String> {
+    let objects = context.objects();
+    // SAFETY: the gate is closed, so nothing is destroyed.
+    unsafe {
+        for (_, domain) in &objects.domains {
+            domain
+                .get()
+                .rebuild()
+                .map_err(|error| format!("protection domain: {error}"))?;
+        }
+        for (_, region) in &objects.regions {
+            let region = region.get();
+            // The memory may be gone: natively the pages would have stayed pinned. The handle stays, without access.
+            if let Err(error) = region.rebuild() {
+                let (address, length) = region.range();
+                tracing::warn!(address, length, %error, "memory region cannot be registered again");
+            }
+        }
+        for (_, queue) in &objects.completion_queues {
+            queue
+                .get()
+                .rebuild()
+                .map_err(|error| format!("completion queue: {error}"))?;
+        }
+        for (_, queue) in &objects.shared_queues {
+            queue
+                .get()
+                .rebuild()
+                .map_err(|error| format!("shared receive queue: {error}"))?;
+        }
+        for (_, pair) in &objects.queue_pairs {
+            let pair = pair.get();
+            pair.rebuild()
+                .map_err(|error| format!("queue pair {:#x}: {error}", pair.number().0))?;
+        }
+    }
+    Ok(())
+}
+
+/// Old and new numbers of this process.
+pub(crate) fn numbers() -> ProcessNumbers {
+    let contexts = process().contexts().into_iter().map(|context| {
+        let objects = context.objects();
+        // SAFETY: the gate is closed, so nothing is destroyed.
+        unsafe {
+            let regions = objects
+                .regions
+                .iter()
+                .map(|(_, region)| region.get())
+                .filter(|region| region.is_remote());
+            let pairs = objects.queue_pairs.iter().map(|(_, pair)| pair.get());
+            ContextNumbers {
+                device: context.name(),
+                hardware_device: context.hardware_name(),
+                ports: lock(&context.ports)
+                    .iter()
+                    .map(|port| port.numbers.clone())
+                    .collect(),
+                queue_pairs: pairs
+                    .filter_map(|pair| pair.numbers(context.largest_mtu(pair.port())))
+                    .collect(),
+                rkeys: regions
+                    .filter_map(|region| Some((region.rkey(), region.hardware_keys()?.1)))
+                    .collect(),
+            }
+        }
+    });
+    ProcessNumbers {
+        pid: std::process::id().cast_signed(),
+        contexts: contexts.collect(),
+    }
+}
+
+/// Learns the numbers of the job and connects. Gives what is to be told to the user.
+pub(crate) fn connect(job: &[ProcessNumbers]) -> Phase<Vec<String>> {
+    let directory = Arc::new(Directory::new(job));
+    process().learn(Arc::clone(&directory));
+    let mut notes = Vec::new();
+    for context in process().contexts() {
+        learn_own_numbers(context);
+        let objects = context.objects();
+        // SAFETY: the gate is closed, so nothing is destroyed.
+        unsafe {
+            for (_, handle) in &objects.address_handles {
+                if let Err(error) = handle.get().rebuild() {
+                    notes.push(format!(
+                        "an address handle of {} leads nowhere now: {error}",
+                        context.name()
+                    ));
+                }
+            }
+            for (_, queue) in &objects.shared_queues {
+                queue
+                    .get()
+                    .repost()
+                    .map_err(|error| format!("receives of a shared queue: {error}"))?;
+            }
+            for (_, pair) in &objects.queue_pairs {
+                let pair = pair.get();
+                let outcome = pair
+                    .connect(&directory, context.largest_mtu(pair.port()))
+                    .map_err(|error| {
+                        format!("cannot connect queue pair {:#x}: {error}", pair.number().0)
+                    })?;
+                if outcome == Connected::Parked {
+                    notes.push(format!(
+                        "queue pair {:#x} has no peer in the job and is parked",
+                        pair.number().0
+                    ));
+                }
+            }
+        }
+    }
+    Ok(notes)
+}
+
+/// Fills the tables of what is local: keys, and numbers that completions name.
+fn learn_own_numbers(context: &Context) {
+    let objects = context.objects();
+    let mut reserved = lock(&context.reserved_rkeys);
+    reserved.clear();
+    // SAFETY: the gate is closed, so nothing is destroyed.
+    unsafe {
+        for (_, region) in &objects.regions {
+            let region = region.get();
+            match region.hardware_keys() {
+                Some((lkey, _)) => context.lkeys.insert(region.lkey().0, lkey.0),
+                None => context.lkeys.remove(region.lkey().0),
+            }
+            reserved.insert(region.rkey());
+        }
+        let back: KeyTable = objects
+            .queue_pairs
+            .iter()
+            .filter_map(|(_, pair)| Some((pair.get().hardware_number()?.0, pair.get().number().0)))
+            .collect();
+        *lock(&context.qpns_back) = Arc::new(back);
+    }
+}

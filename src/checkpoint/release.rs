@@ -1,0 +1,129 @@
+//! Letting go of the hardware: every object, then every file descriptor.
+
+use std::fs::File;
+use std::os::fd::{OwnedFd, RawFd};
+
+use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_descriptors, rdma_mappings};
+use kmod_compat::substitute::substitute;
+use kmod_compat::sysfs::Sysfs;
+
+use super::Phase;
+use crate::errno::Verb;
+use crate::virt::channel::Channel;
+use crate::virt::context::{Context, replace_command_file};
+use crate::virt::ports;
+use crate::virt::process::{lock, process};
+
+/// What has to be put back at the rebuild besides verbs objects.
+#[derive(Debug, Default)]
+pub(crate) struct Let {
+    /// Numbers under which `/dev/infiniband/rdma_cm` was open, idle.
+    pub(super) connection_managers: Vec<RawFd>,
+}
+
+/// Destroys all hardware objects, closes all devices, and puts something that can be saved under the number of every RDMA
+/// file descriptor.
+pub(crate) fn release() -> Phase<Let> {
+    // No event may be on its way while what it names goes.
+    let _events = process().events();
+    for context in process().contexts() {
+        note_first_seen(context)?;
+        release_objects(context)
+            .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
+    }
+    for channel in process().channels().iter() {
+        channel.release();
+    }
+    let null = || {
+        File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(|error| format!("/dev/null: {error}"))
+    };
+    for context in process().contexts() {
+        let hardware = context.hardware();
+        context.set_hardware(std::ptr::null_mut());
+        // SAFETY: the device's own; all its objects are gone.
+        unsafe { (context.verbs.ibv_close_device)(hardware) };
+        let stand_in = null()?;
+        // SAFETY: the application's context is open; only its file number is read.
+        let number = unsafe { (*context.app()).cmd_fd };
+        replace_command_file(number, std::os::fd::AsRawFd::as_raw_fd(&stand_in))
+            .map_err(|error| format!("file descriptor {number}: {error}"))?;
+    }
+    let mut left = Let::default();
+    let descriptors =
+        rdma_descriptors(&Sysfs::host(), Whose::Own).map_err(|error| error.to_string())?;
+    for descriptor in descriptors {
+        match descriptor.kind {
+            DescriptorKind::ConnectionManager => {
+                substitute(descriptor.number, OwnedFd::from(null()?))
+                    .map_err(|error| error.to_string())?;
+                left.connection_managers.push(descriptor.number);
+            }
+            DescriptorKind::Events => {
+                Channel::adopt_unused(descriptor.number).map_err(|error| {
+                    format!(
+                        "completion channel with file descriptor {}: {error}",
+                        descriptor.number
+                    )
+                })?
+            }
+            DescriptorKind::Verbs { .. } | DescriptorKind::Devx | DescriptorKind::Other { .. } => {
+                return Err(format!(
+                    "file descriptor {} is still open on {}",
+                    descriptor.number, descriptor.target
+                ));
+            }
+        }
+    }
+    match rdma_mappings(Whose::Own)
+        .map_err(|error| error.to_string())?
+        .first()
+    {
+        Some(mapping) => Err(format!(
+            "{} is still mapped at {:#x}",
+            mapping.path, mapping.start
+        )),
+        None => Ok(left),
+    }
+}
+
+/// The application goes on seeing the device as it first saw it.
+fn note_first_seen(context: &Context) -> Phase<()> {
+    let mut first_seen = lock(&context.first_seen);
+    if first_seen.is_none() {
+        let name = context.hardware_name();
+        *first_seen = Some(ports::facts(&name).map_err(|error| format!("device {name}: {error}"))?);
+    }
+    Ok(())
+}
+
+/// Users before what they use.
+fn release_objects(context: &Context) -> Verb<()> {
+    let objects = context.objects();
+    // SAFETY: the gate is closed, so nothing is destroyed.
+    unsafe {
+        for (_, pair) in &objects.queue_pairs {
+            pair.get().release()?;
+        }
+        context.release_dead_end();
+        for (_, handle) in &objects.address_handles {
+            handle.get().release();
+        }
+        for (_, queue) in &objects.shared_queues {
+            queue.get().release()?;
+        }
+        for (_, queue) in &objects.completion_queues {
+            queue.get().release()?;
+        }
+        for (_, region) in &objects.regions {
+            region.get().release()?;
+        }
+        for (_, domain) in &objects.domains {
+            domain.get().release()?;
+        }
+    }
+    Ok(())
+}

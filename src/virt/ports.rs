@@ -1,0 +1,310 @@
+//! Ports as the application first saw them, beside the ports there are now.
+
+use std::path::PathBuf;
+
+use kmod_compat::ports::{DeviceFacts, GidEntry, PortFacts, read_device};
+use kmod_compat::sysfs::Sysfs;
+use rdma_core_sys::{IBV_QPT_RC, ibv_ah_attr, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr};
+
+use super::context::Context;
+use super::process::lock;
+use crate::control::message::{PortAddress, PortNumbers};
+use crate::errno::{Errno, Verb};
+use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, VirtualGid, VirtualLid};
+use crate::translate::Address;
+
+/// One port, then and now.
+#[derive(Clone, Debug)]
+pub struct PortMap {
+    pub numbers: PortNumbers,
+    /// Entries of the GID table the application knows.
+    pub(crate) table_length: i32,
+    /// For each index the application may name, the index to name now.
+    gid_indexes: Vec<u8>,
+    /// The GIDs by the index to name now.
+    gids_now: Vec<[u8; 16]>,
+    /// log2 of the largest path MTU in bytes.
+    pub(crate) mtu: u8,
+}
+
+impl PortMap {
+    /// Every address by which peers may know the port.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = Address> + '_ {
+        let lid = self.numbers.lid.0;
+        let gids = self.numbers.gids.iter().map(|(gid, _)| Address::Gid(*gid));
+        gids.chain((lid.0 != 0).then_some(Address::Lid(lid)))
+    }
+}
+
+/// What the kernel says of a device.
+pub(crate) fn facts(name: &str) -> Verb<DeviceFacts> {
+    read_device(&Sysfs::host(), name).map_err(|error| {
+        tracing::error!(device = name, %error, "cannot read what the kernel says of the device");
+        Errno::NO_DEVICE
+    })
+}
+
+/// The addresses of a port in the application's terms.
+pub(crate) fn port_address(facts: &PortFacts) -> PortAddress {
+    let gids = facts
+        .gids
+        .iter()
+        .filter(|entry| !entry.gid.is_zero())
+        .map(|entry| VirtualGid(entry.gid.0))
+        .collect();
+    PortAddress {
+        gids,
+        lid: VirtualLid(facts.lid as u16),
+    }
+}
+
+/// Matches a port with the one that stands for it: each GID with one of the same type and role.
+pub(crate) fn map_port(then: &PortFacts, now: &PortFacts, mtu: u8) -> PortMap {
+    let mut gids = Vec::new();
+    let mut gid_indexes = vec![0; then.gids.len()];
+    for (index, entry) in then
+        .gids
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| !entry.gid.is_zero())
+    {
+        let rank = then.gids[..index]
+            .iter()
+            .filter(|other| same_role(other, entry))
+            .count();
+        let Some(matched) = stand_in(entry, rank, &now.gids) else {
+            continue;
+        };
+        gid_indexes[index] = u8::try_from(matched).unwrap_or(u8::MAX);
+        gids.push((
+            VirtualGid(entry.gid.0),
+            HardwareGid(now.gids[matched].gid.0),
+        ));
+    }
+    PortMap {
+        numbers: PortNumbers {
+            port: then.number as u8,
+            lid: (VirtualLid(then.lid as u16), HardwareLid(now.lid as u16)),
+            gids,
+        },
+        table_length: i32::try_from(then.gids.len()).unwrap_or(i32::MAX),
+        gid_indexes,
+        gids_now: now.gids.iter().map(|entry| entry.gid.0).collect(),
+        mtu,
+    }
+}
+
+/// The same address if it is there; else the entry of the same rank among those of its type and role; else the first.
+fn stand_in(entry: &GidEntry, rank: usize, table: &[GidEntry]) -> Option<usize> {
+    let same = |other: &GidEntry| other.gid == entry.gid && other.gid_type == entry.gid_type;
+    let alike = || {
+        table
+            .iter()
+            .enumerate()
+            .filter(|(_, other)| same_role(other, entry))
+            .map(|(index, _)| index)
+    };
+    table
+        .iter()
+        .position(same)
+        .or_else(|| alike().nth(rank))
+        .or_else(|| alike().next())
+}
+
+/// Two entries of one type that address alike: both IPv4, both link-local, or both neither.
+fn same_role(one: &GidEntry, other: &GidEntry) -> bool {
+    let role = |entry: &GidEntry| {
+        let gid = &entry.gid.0;
+        (
+            gid[..10] == [0; 10] && gid[10..12] == [0xff, 0xff],
+            gid[..2] == [0xfe, 0x80],
+        )
+    };
+    !one.gid.is_zero() && one.gid_type == other.gid_type && role(one) == role(other)
+}
+
+/// A queue pair in RESET, which answers nobody.
+#[derive(Debug)]
+pub(crate) struct DeadEnd {
+    domain: *mut ibv_pd,
+    completions: *mut ibv_cq,
+    pair: *mut ibv_qp,
+}
+
+// SAFETY: the device's own objects, used under the context's mutex.
+unsafe impl Send for DeadEnd {}
+
+impl Context {
+    /// The GID index to use now for one that the application names.
+    pub(crate) fn hardware_gid_index(&self, port: u8, index: u8) -> u8 {
+        let ports = lock(&self.ports);
+        let known = ports.iter().find(|known| known.numbers.port == port);
+        known
+            .and_then(|known| known.gid_indexes.get(usize::from(index)).copied())
+            .unwrap_or(index)
+    }
+
+    /// log2 of the largest path MTU of a port, in bytes.
+    pub(crate) fn largest_mtu(&self, port: u8) -> u8 {
+        lock(&self.ports)
+            .iter()
+            .find(|known| known.numbers.port == port)
+            .map_or(12, |known| known.mtu)
+    }
+
+    /// The address and number of a queue pair that answers nobody.
+    pub(crate) fn dead_end(
+        &self,
+        port: u8,
+        vector: &ibv_ah_attr,
+    ) -> Verb<(ibv_ah_attr, HardwareQpn)> {
+        let mut own = *vector;
+        own.grh.sgid_index = self.hardware_gid_index(port, vector.grh.sgid_index);
+        if let Some(known) = lock(&self.ports)
+            .iter()
+            .find(|known| known.numbers.port == port)
+        {
+            let gid = known
+                .gids_now
+                .get(usize::from(own.grh.sgid_index))
+                .copied()
+                .unwrap_or_default();
+            own = super::queue_pair::own_address(&own, gid);
+            own.dlid = known.numbers.lid.1.0;
+        }
+        let mut dead_end = lock(&self.dead_end);
+        let end = match dead_end.take() {
+            Some(end) => end,
+            None => self.make_dead_end()?,
+        };
+        // SAFETY: the device's own object.
+        let number = HardwareQpn(unsafe { (*end.pair).qp_num });
+        *dead_end = Some(end);
+        Ok((own, number))
+    }
+
+    fn make_dead_end(&self) -> Verb<DeadEnd> {
+        let verbs = self.verbs;
+        // SAFETY: the context is open; zero is valid for the attributes; what was made is unmade if the next step fails.
+        unsafe {
+            let domain = verbs.pointer((verbs.ibv_alloc_pd)(self.hardware()))?;
+            let completions = verbs.pointer((verbs.ibv_create_cq)(
+                self.hardware(),
+                1,
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                0,
+            ));
+            let pair = completions.and_then(|completions| {
+                let mut init: ibv_qp_init_attr = std::mem::zeroed();
+                init.send_cq = completions;
+                init.recv_cq = completions;
+                init.cap.max_send_wr = 1;
+                init.cap.max_recv_wr = 1;
+                init.cap.max_send_sge = 1;
+                init.cap.max_recv_sge = 1;
+                init.qp_type = IBV_QPT_RC;
+                verbs.pointer((verbs.ibv_create_qp)(domain, &raw mut init))
+            });
+            match (completions, pair) {
+                (Ok(completions), Ok(pair)) => Ok(DeadEnd {
+                    domain,
+                    completions,
+                    pair,
+                }),
+                (completions, pair) => {
+                    if let Ok(completions) = completions {
+                        (verbs.ibv_destroy_cq)(completions);
+                    }
+                    (verbs.ibv_dealloc_pd)(domain);
+                    Err(completions.err().or(pair.err()).unwrap_or(Errno::IO))
+                }
+            }
+        }
+    }
+
+    pub(crate) fn release_dead_end(&self) {
+        if let Some(end) = lock(&self.dead_end).take() {
+            // SAFETY: made by `make_dead_end`; queue pairs parked there are gone, and named it by number only.
+            unsafe {
+                (self.verbs.ibv_destroy_qp)(end.pair);
+                (self.verbs.ibv_destroy_cq)(end.completions);
+                (self.verbs.ibv_dealloc_pd)(end.domain);
+            }
+        }
+    }
+
+    /// Where the private device tree of this context is written.
+    pub(crate) fn tree_folder(&self) -> Verb<PathBuf> {
+        let runtime = crate::control::socket::runtime_dir().map_err(|error| {
+            tracing::error!(%error, "no folder for the device tree");
+            Errno::IO
+        })?;
+        Ok(runtime.join(format!("{}.sys", std::process::id())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kmod_compat::devices::NodeType;
+    use kmod_compat::ports::{
+        Gid, GidEntry, GidType, LinkLayer, PhysicalState, PortFacts, PortState,
+    };
+
+    use super::map_port;
+
+    fn entry(text: &str, gid_type: GidType) -> GidEntry {
+        let address: std::net::Ipv6Addr = text.parse().unwrap();
+        GidEntry {
+            gid: Gid(address.octets()),
+            gid_type: Some(gid_type),
+            network_interface: None,
+        }
+    }
+
+    fn port(gids: Vec<GidEntry>) -> PortFacts {
+        let _ = NodeType::CHANNEL_ADAPTER;
+        PortFacts {
+            number: 1,
+            state: PortState::ACTIVE,
+            physical_state: PhysicalState(5),
+            link_layer: LinkLayer::Ethernet,
+            lid: 0,
+            lid_mask_count: 0,
+            subnet_manager_lid: 0,
+            subnet_manager_service_level: 0,
+            capability_mask: 0,
+            rate: None,
+            gids,
+            pkeys: vec![0xffff],
+        }
+    }
+
+    #[test]
+    fn gids_are_matched_by_type_and_role_wherever_they_stand() {
+        let then = port(vec![
+            entry("fe80::1", GidType::RoceV2),
+            entry("::ffff:10.77.0.1", GidType::RoceV1),
+            entry("::ffff:10.77.0.1", GidType::RoceV2),
+        ]);
+        let now = port(vec![
+            entry("::ffff:10.99.0.1", GidType::RoceV2),
+            entry("::ffff:10.99.0.1", GidType::RoceV1),
+            entry("fe80::9", GidType::RoceV2),
+        ]);
+        assert_eq!(map_port(&then, &now, 10).gid_indexes, [2, 1, 0]);
+    }
+
+    #[test]
+    fn an_address_that_is_still_there_stands_for_itself() {
+        let table = vec![
+            entry("::ffff:10.0.0.1", GidType::RoceV2),
+            entry("::ffff:10.0.0.2", GidType::RoceV2),
+        ];
+        let swapped = vec![table[1].clone(), table[0].clone()];
+        assert_eq!(
+            map_port(&port(table), &port(swapped), 10).gid_indexes,
+            [1, 0]
+        );
+    }
+}
