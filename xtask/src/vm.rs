@@ -6,8 +6,9 @@
 use std::env;
 use std::fmt;
 use std::io::{self, BufWriter, Seek, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::str::FromStr;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
@@ -24,6 +25,9 @@ pub const SHARE: &str = "/mnt/share";
 
 /// How long a guest that has reported its status may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(20);
+
+/// How often a boot is tried when QEMU itself crashes.
+const ATTEMPTS: u32 = 3;
 
 /// A Soft-RoCE device of the guest, on a dummy network interface of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -249,14 +253,24 @@ impl Machine {
         };
         let share = paths::make(share)?;
         let settings = self.settings(&kernel)?;
+        guest_io::watch_signals()?;
+        for _ in 1..ATTEMPTS {
+            match self.boot(&kernel, &share, &settings, script) {
+                Err(error) if error.is::<EmulatorCrash>() => eprintln!("xtask: {error}; again"),
+                done => return done,
+            }
+        }
+        self.boot(&kernel, &share, &settings, script)
+    }
+
+    fn boot(&self, kernel: &Kernel, share: &Path, settings: &str, job: &str) -> Result<Outcome> {
         // Without a name: nothing is left, however we end.
         let mut archive = tempfile::tempfile()?;
-        initramfs::write(BufWriter::new(&archive), &kernel, &settings, script)?;
+        initramfs::write(BufWriter::new(&archive), kernel, settings, job)?;
         archive.rewind()?;
         let begin = Instant::now();
-        let mut command = self.qemu(&kernel, &share);
+        let mut command = self.qemu(kernel, share);
         let channels = Channels::attach(&mut command, archive)?;
-        guest_io::watch_signals()?;
         let child = command.spawn().context("cannot start QEMU")?;
         // The command holds the guest's ends of the channels: without them, the end of QEMU
         // is the end of the streams.
@@ -357,12 +371,15 @@ impl Machine {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        guest.0.wait().context("cannot wait for QEMU")?;
+        let status = guest.0.wait().context("cannot wait for QEMU")?;
         let total = begin.elapsed();
         let (stdout, stderr, console) = (stdout.join(), stderr.join(), console.join());
         let Some(end) = end else {
+            if boot.is_none() && status.signal().is_some() {
+                return Err(EmulatorCrash(status).into());
+            }
             bail!(
-                "the guest ended before its job did; the end of its console:\n{}",
+                "the guest ended before its job did (QEMU: {status}); the end of its console:\n{}",
                 String::from_utf8_lossy(&console).trim_end()
             );
         };
@@ -391,6 +408,19 @@ const PROCESSOR: &str = "max,-erms";
 /// An oops must be seen at once; the rest makes the boot shorter.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off \
      rcupdate.rcu_expedited=1 cryptomgr.notests swiotlb=noforce audit=0 tsc=reliable";
+
+/// QEMU itself crashed before the job was started: nothing has happened, so it may be tried
+/// again. Debian 12's does so about once in fifty boots with more than one processor.
+#[derive(Debug)]
+struct EmulatorCrash(ExitStatus);
+
+impl fmt::Display for EmulatorCrash {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "QEMU crashed while the machine booted ({})", self.0)
+    }
+}
+
+impl std::error::Error for EmulatorCrash {}
 
 /// A running QEMU, which does not survive this value.
 struct Guest(Child);
