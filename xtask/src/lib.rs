@@ -1,7 +1,9 @@
 //! Tasks of the project, and the test machine as a library: see `vm`.
 
 pub mod command;
+pub mod demo;
 pub mod guest_io;
+pub mod handles;
 pub mod initramfs;
 pub mod kernel;
 pub mod paths;

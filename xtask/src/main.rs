@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use xtask::vm::{self, Device, Machine};
-use xtask::{setup, stage, test};
+use xtask::{demo, setup, stage, test};
 
 /// Tasks of the reverbs project.
 #[derive(Parser)]
@@ -34,6 +34,8 @@ enum Task {
         #[arg(value_name = "DIR")]
         folder: PathBuf,
     },
+    /// Save an MPI benchmark in mid-run, and finish it in a second machine on another device
+    Demo,
     /// Run all tests, on the host and in the test machine
     Test {
         /// Also those that take long
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::ensure().map(|()| ExitCode::SUCCESS),
         Task::Vm(arguments) => run_in_machine(&arguments),
         Task::Stage { folder } => stage::stage(&folder).map(|()| ExitCode::SUCCESS),
+        Task::Demo => demo::run().map(|()| ExitCode::SUCCESS),
         Task::Test { long, filter } => test::run(long, filter.as_deref()).map(status_of),
     };
     done.unwrap_or_else(|error| {

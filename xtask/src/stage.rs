@@ -41,20 +41,12 @@ fn build() -> Result<()> {
     command::run(cargo().args([
         "build",
         "--release",
-        "--package",
+        "-p",
         "reverbs",
-        "--bin",
-        "reverbs",
+        "-p",
+        "reverbs-provider",
     ]))
-    .context("the command cannot be built")?;
-    // As a cdylib alone: with an rlib beside it (for the tests) cargo does no link-time
-    // optimisation.
-    command::run(
-        cargo()
-            .args(["rustc", "--release", "--package", "reverbs-provider"])
-            .args(["--lib", "--crate-type", "cdylib"]),
-    )
-    .context("the provider cannot be built")
+    .context("there is nothing to stage")
 }
 
 /// The cargo that runs us, in the workspace.
