@@ -1,8 +1,13 @@
 //! The command line.
 
+use std::ffi::OsString;
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand};
 
 use reverbs::control::message::DeviceChoice;
+
+use super::files::FilePolicy;
 
 /// Checkpoint and restart of RDMA applications, without their help.
 ///
@@ -26,9 +31,103 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Run(RunOptions),
+    Checkpoint(CheckpointOptions),
+    Restart(RestartOptions),
     Cycle(CycleOptions),
     Resume(ResumeOptions),
     Status(StatusOptions),
+    Inspect(InspectOptions),
+}
+
+/// Start a job so that it can be checkpointed, and wait for it.
+///
+/// The job gets reverbs as its RDMA provider (RDMAV_DRIVERS), a session of its own, /dev/null as standard input, and
+/// pipes instead of terminals. UCX_TLS=^sysv is set unless UCX_TLS is: System V shared memory cannot be restored. Signals
+/// are passed on; the exit status is the job's, or 128 and the number of the signal that ended it.
+#[derive(Debug, Args)]
+pub(crate) struct RunOptions {
+    /// Folder for images of this job, where `reverbs checkpoint` is not told another.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) images: Option<PathBuf>,
+
+    /// Write the job's process id to FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+
+    /// Let the job read our standard input. A job with a terminal as input cannot be checkpointed.
+    #[arg(long)]
+    pub(crate) stdin: bool,
+
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+/// Save a job into an image, and let it run on (or end it).
+///
+/// Prints the path of the image, and nothing else, on standard output. The image is a folder that holds the memory of
+/// all processes; nobody else can enter it. It appears when it is complete and on disk. If anything fails, the job runs on.
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointOptions {
+    /// Root of the job's process tree.
+    pub(crate) pid: i32,
+
+    /// Folder in which the image appears. Otherwise the one given to `reverbs run`, or else the current folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) images: Option<PathBuf>,
+
+    /// End the job once its image is on disk.
+    #[arg(long)]
+    pub(crate) stop: bool,
+
+    /// Deleted files that the job still holds go into the image; refuse those with more bytes than this.
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
+    pub(crate) largest_deleted: u64,
+}
+
+/// Bring a job back from an image.
+///
+/// The image is verified first; files that it carries are put back; the processes come back under their old ids, get
+/// fresh RDMA hardware, and run on. Prints the root process id. The image can be used again.
+#[derive(Debug, Args)]
+pub(crate) struct RestartOptions {
+    /// The image, as `reverbs checkpoint` printed it.
+    pub(crate) image: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) devices: Devices,
+
+    /// What to do with files that are not as they were at the checkpoint.
+    ///
+    /// A file that the job was writing to and that has grown is cut back; what it had beyond goes to
+    /// FILE.reverbs-tail-IMAGE. A file on a volatile file system that was changed is put back; what was there goes to
+    /// FILE.reverbs-kept-IMAGE.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) files: FilePolicy,
+
+    /// Where output goes that the job wrote to a pipe. Otherwise to where this command's own output goes.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Wait for the job, and end with its exit status.
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+/// Check an image and show what is in it.
+#[derive(Debug, Args)]
+pub(crate) struct InspectOptions {
+    /// The image, as `reverbs checkpoint` printed it.
+    pub(crate) image: PathBuf,
+
+    /// The manifest, as one JSON document on standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Do not compare the files with their checksums.
+    #[arg(long)]
+    pub(crate) trust: bool,
 }
 
 /// Put fresh hardware under a running job: a checkpoint and restart without an image.

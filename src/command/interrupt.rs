@@ -10,13 +10,16 @@ use anyhow::{Context, Result, bail};
 pub(crate) struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
-    /// From now on SIGINT and SIGTERM only set the flag.
+    /// From now on SIGINT and SIGTERM only set the flag, the first time. The second ends this command at once, and leaves the
+    /// job to `reverbs resume`.
     ///
     /// # Errors
     /// The handlers cannot be installed.
     pub(crate) fn install() -> Result<Self> {
         let interrupt = Self::default();
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&interrupt.0))
+                .context("cannot watch for signals")?;
             signal_hook::flag::register(signal, Arc::clone(&interrupt.0))
                 .context("cannot watch for signals")?;
         }

@@ -1,12 +1,20 @@
 //! What the `reverbs` command does, one module for each subcommand, over `job` (processes, agents, phases), `image`
 //! (what a checkpoint leaves on disk), `files` (what CRIU does not carry) and `criu`.
 
+mod checkpoint;
 mod cli;
+mod criu;
 mod cycle;
+mod files;
+mod image;
+mod inspect;
 mod interrupt;
 mod job;
+mod preflight;
 mod progress;
+mod restart;
 mod resume;
+mod run;
 mod status;
 
 use std::process::ExitCode;
@@ -26,6 +34,10 @@ pub(crate) fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("REVERBS_LOG"))
         .init();
     let outcome = match cli.command {
+        Command::Run(options) => run::run(&options, cli.quiet),
+        Command::Checkpoint(options) => checkpoint::checkpoint(&options, cli.quiet),
+        Command::Restart(options) => restart::restart(&options, cli.quiet),
+        Command::Inspect(options) => inspect::inspect(&options),
         Command::Cycle(options) => cycle::cycle(&options, cli.quiet),
         Command::Resume(options) => resume::resume(&options, cli.quiet),
         Command::Status(options) => status::status(&options),

@@ -1,7 +1,11 @@
 //! What a person sees on standard error while phases go by.
 
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 /// One phase that is over.
@@ -26,10 +30,6 @@ impl Progress {
         }
     }
 
-    pub(crate) fn is_quiet(&self) -> bool {
-        self.quiet
-    }
-
     /// A phase that began at `began` is over; `detail` says how much it dealt with.
     pub(crate) fn phase(&mut self, phase: &str, began: Instant, detail: &str) {
         let took = began.elapsed();
@@ -49,14 +49,75 @@ impl Progress {
         }
     }
 
-    /// Something that did not go as asked; said even if quiet.
-    pub(crate) fn warn(&self, text: &str) {
-        eprintln!("reverbs: {text}");
+    /// On a terminal: a bar that follows the bytes below `folder` until the watch is dropped.
+    pub(crate) fn watch_growth(&self, folder: &Path, expected: u64) -> Watch {
+        let bar = if self.quiet {
+            ProgressBar::hidden()
+        } else {
+            // Draws nothing where standard error is no terminal.
+            ProgressBar::new(expected)
+        };
+        bar.set_style(
+            ProgressStyle::with_template("reverbs: save [{bar:30}] {bytes} of about {total_bytes}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
+        let over = Arc::new(AtomicBool::new(false));
+        let watcher = (!bar.is_hidden()).then(|| {
+            let (folder, bar, over) = (folder.to_owned(), bar.clone(), Arc::clone(&over));
+            std::thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    bar.set_position(bytes_below(&folder));
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            })
+        });
+        Watch { bar, over, watcher }
     }
 
     pub(crate) fn times(&self) -> &[PhaseTime] {
         &self.times
     }
+}
+
+/// Ends the bar when dropped.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    bar: ProgressBar,
+    over: Arc<AtomicBool>,
+    watcher: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(watcher) = self.watcher.take() {
+            let _ = watcher.join();
+        }
+        self.bar.finish_and_clear();
+    }
+}
+
+/// "1.50 MiB"
+pub(crate) fn bytes(number: u64) -> String {
+    HumanBytes(number).to_string()
+}
+
+/// The sizes of all files below a folder; what cannot be read counts nothing.
+pub(crate) fn bytes_below(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let found = entry.metadata().ok()?;
+            Some(if found.is_dir() {
+                bytes_below(&entry.path())
+            } else {
+                found.len()
+            })
+        })
+        .sum()
 }
 
 fn seconds(duration: Duration) -> f64 {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 
-use reverbs::control::message::{DeviceChoice, Phase, Reply, Request, Session};
+use reverbs::control::message::{DeviceChoice, Phase, ProcessStatus, Reply, Request, Session};
 
 use super::agents::{AgentFailure, Agents};
 use crate::command::interrupt::Interrupt;
@@ -98,8 +98,33 @@ impl<'a, A: Agents> Driver<'a, A> {
         Ok(self.phases.len())
     }
 
+    /// What every agent has to say, as it stands now.
+    ///
+    /// # Errors
+    /// One does not answer.
+    pub(crate) fn statuses(&mut self) -> Result<Vec<ProcessStatus>> {
+        let all = self.phases.keys().copied().collect::<Vec<_>>();
+        let replies = self.put_claimed(&all, &Request::Status)?;
+        Ok(replies
+            .into_iter()
+            .filter_map(|(_, reply)| match reply {
+                Reply::Status { status } => Some(status),
+                _ => None,
+            })
+            .collect())
+    }
+
+    pub(crate) fn agents(&mut self) -> &mut A {
+        self.agents
+    }
+
+    pub(crate) fn progress(&mut self) -> &mut Progress {
+        self.progress
+    }
+
     /// Processes that had an agent and ended on the way.
-    pub(crate) fn ended(&self) -> Vec<i32> {
+    #[cfg(test)]
+    pub(super) fn ended(&self) -> Vec<i32> {
         self.ended.iter().copied().collect()
     }
 
@@ -388,7 +413,7 @@ impl<'a, A: Agents> Driver<'a, A> {
         Ok(())
     }
 
-    fn say(&mut self, name: &str, began: Instant, processes: usize) {
+    pub(crate) fn say(&mut self, name: &str, began: Instant, processes: usize) {
         self.progress
             .phase(name, began, &count(processes, "process", "processes"));
     }

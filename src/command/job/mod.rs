@@ -12,6 +12,8 @@ mod tree;
 pub(crate) use agents::{SocketAgents, ask_once, listening};
 pub(crate) use driver::Driver;
 pub(crate) use lock::JobLock;
+#[cfg(test)]
+pub(crate) use tree::Member;
 pub(crate) use tree::{ProcessTree, root_of};
 
 use reverbs::control::message::Session;

@@ -20,14 +20,11 @@ pub(crate) struct Member {
     pub(crate) user: u32,
     /// The name of the thread group leader, as `ps -o comm` shows it.
     pub(crate) name: String,
-    /// Threads, for the image's manifest.
-    pub(crate) threads: i64,
 }
 
 /// A root and all its descendants.
 #[derive(Clone, Debug)]
 pub(crate) struct ProcessTree {
-    pub(crate) root: i32,
     /// The root first, parents before children.
     pub(crate) members: Vec<Member>,
 }
@@ -63,13 +60,12 @@ impl ProcessTree {
                 zombie: stat.state == 'Z',
                 user,
                 name: stat.comm,
-                threads: stat.num_threads,
             });
         }
         match members.first() {
             None => bail!("there is no process {root}"),
             Some(member) if member.zombie => bail!("process {root} has ended"),
-            Some(_) => Ok(Self { root, members }),
+            Some(_) => Ok(Self { members }),
         }
     }
 

@@ -1,0 +1,20 @@
+//! What a checkpoint leaves on disk: a private folder that appears by one rename and says what is in it.
+//!
+//! `manifest.json` describes the job and lists every other file with its size and checksum; `manifest.sum` guards the
+//! manifest; `criu/` has CRIU's images, `files/` the files that CRIU does not carry. docs/image-format.md is the reference.
+
+mod checksum;
+mod manifest;
+mod open;
+mod writer;
+
+pub(crate) use manifest::{CriuFacts, ImageProcess, Manifest, OutsidePipe};
+pub(crate) use open::Image;
+pub(crate) use writer::{NewImage, timestamp};
+
+const MANIFEST: &str = "manifest.json";
+const MANIFEST_SUM: &str = "manifest.sum";
+/// CRIU's images, below the image's folder.
+const CRIU_FOLDER: &str = "criu";
+/// Carried files, below the image's folder.
+const FILES_FOLDER: &str = "files";

@@ -1,0 +1,164 @@
+//! Reading an image back: everything is checked before anything is believed.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::checksum::{self, Durability};
+use super::manifest::{FORMAT, Header, Manifest, VERSION};
+use super::{CRIU_FOLDER, FILES_FOLDER, MANIFEST, MANIFEST_SUM};
+
+/// An image whose manifest holds.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) folder: PathBuf,
+    pub(crate) manifest: Manifest,
+}
+
+impl Image {
+    /// Reads the manifest.
+    ///
+    /// # Errors
+    /// It is no image, or one of another user, open to others, of another version, or damaged.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let folder = folder
+            .canonicalize()
+            .with_context(|| format!("there is no image {}", folder.display()))?;
+        let manifest =
+            read_manifest(&folder).with_context(|| format!("image {}", folder.display()))?;
+        Ok(Self { folder, manifest })
+    }
+
+    /// Compares every file with what the manifest says of it.
+    ///
+    /// # Errors
+    /// A file is missing or is not what was written.
+    pub(crate) fn verify(&self) -> Result<()> {
+        let check = || -> Result<()> {
+            for expected in &self.manifest.contents {
+                let found = std::fs::symlink_metadata(self.folder.join(&expected.path))
+                    .with_context(|| format!("{} is missing", expected.path.display()))?;
+                require_private_file(&found)
+                    .with_context(|| expected.path.display().to_string())?;
+            }
+            let paths: Vec<PathBuf> = self
+                .manifest
+                .contents
+                .iter()
+                .map(|file| file.path.clone())
+                .collect();
+            let found = checksum::measure(&self.folder, &paths, Durability::ReadOnly)?;
+            let mut expected = self.manifest.contents.clone();
+            expected.sort_unstable_by(|one, other| one.path.cmp(&other.path));
+            for (expected, found) in expected.iter().zip(&found) {
+                let path = expected.path.display();
+                ensure!(
+                    expected.size == found.size,
+                    "{path} has {} bytes instead of {}",
+                    found.size,
+                    expected.size
+                );
+                ensure!(
+                    expected.crc32 == found.crc32,
+                    "{path} was changed (checksum)"
+                );
+            }
+            Ok(())
+        };
+        check().with_context(|| {
+            format!(
+                "image {} is damaged, use another one",
+                self.folder.display()
+            )
+        })
+    }
+
+    pub(crate) fn criu_folder(&self) -> PathBuf {
+        self.folder.join(CRIU_FOLDER)
+    }
+
+    pub(crate) fn files_folder(&self) -> PathBuf {
+        self.folder.join(FILES_FOLDER)
+    }
+
+    /// The last part of its path.
+    pub(crate) fn name(&self) -> String {
+        self.folder.file_name().map_or_else(
+            || "image".into(),
+            |name| name.to_string_lossy().into_owned(),
+        )
+    }
+}
+
+fn read_manifest(folder: &Path) -> Result<Manifest> {
+    let found = std::fs::symlink_metadata(folder)?;
+    ensure!(found.is_dir(), "is no folder");
+    require_ours(&found)?;
+    ensure!(
+        found.mode() & 0o077 == 0,
+        "can be entered by others (mode {:o}) and may have been changed: if you trust it, `chmod 700` it",
+        found.mode() & 0o777
+    );
+    let path = folder.join(MANIFEST);
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            bail!("has no {MANIFEST}: it is no image of reverbs, or was never finished")
+        }
+        Err(error) => return Err(error).context(MANIFEST),
+    };
+    // The version first: an image of another one is not damaged.
+    if let Ok(header) = serde_json::from_slice::<Header>(&text) {
+        ensure!(
+            header.format == FORMAT,
+            "{MANIFEST} is not that of a reverbs image"
+        );
+        ensure!(
+            header.version == VERSION,
+            "has format version {}, this command reads version {VERSION}: use the reverbs that wrote it",
+            header.version
+        );
+    }
+    let sum = std::fs::read_to_string(folder.join(MANIFEST_SUM))
+        .with_context(|| format!("{MANIFEST_SUM}: the image is damaged, use another one"))?;
+    ensure!(
+        sum == format!("{:08x} {}\n", crc32fast::hash(&text), text.len()),
+        "{MANIFEST} was changed (checksum): the image is damaged, use another one"
+    );
+    let manifest: Manifest = serde_json::from_slice(&text).context(MANIFEST)?;
+    let us = rustix::process::geteuid().as_raw();
+    ensure!(
+        manifest.user == us,
+        "was made by user {}, and this command runs as user {us}: restart it as that user",
+        manifest.user
+    );
+    for file in &manifest.contents {
+        ensure!(
+            file.path
+                .components()
+                .all(|part| matches!(part, std::path::Component::Normal(_))),
+            "lists {}, which is outside of it",
+            file.path.display()
+        );
+    }
+    Ok(manifest)
+}
+
+fn require_ours(found: &Metadata) -> Result<()> {
+    let us = rustix::process::geteuid().as_raw();
+    ensure!(
+        found.uid() == us,
+        "belongs to user {}, and this command runs as user {us}: restart it as that user",
+        found.uid()
+    );
+    Ok(())
+}
+
+fn require_private_file(found: &Metadata) -> Result<()> {
+    ensure!(found.is_file(), "is no regular file");
+    require_ours(found)?;
+    ensure!(found.mode() & 0o022 == 0, "can be written by others");
+    Ok(())
+}

@@ -1,0 +1,206 @@
+//! An image in the making.
+
+use std::fs::{DirBuilder, File};
+use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use super::checksum::{self, Durability};
+use super::manifest::Manifest;
+use super::{CRIU_FOLDER, FILES_FOLDER, MANIFEST, MANIFEST_SUM};
+
+/// A hidden folder beside where the image will appear. Removed when dropped, unless it was published.
+#[derive(Debug)]
+pub(crate) struct NewImage {
+    parent: PathBuf,
+    hidden: PathBuf,
+    name: String,
+    published: bool,
+}
+
+impl NewImage {
+    /// Makes the hidden folder in `parent`, which is made if it is not there.
+    ///
+    /// # Errors
+    /// `parent` cannot be made or written to.
+    pub(crate) fn create(parent: &Path, root: i32) -> Result<Self> {
+        let make = |path: &Path| DirBuilder::new().mode(0o700).create(path);
+        std::fs::create_dir_all(parent)
+            .with_context(|| format!("cannot make the image folder {}", parent.display()))?;
+        let parent = parent
+            .canonicalize()
+            .with_context(|| format!("cannot enter the image folder {}", parent.display()))?;
+        let name = format!("reverbs-{root}-{}", compact(now()));
+        let hidden = parent.join(format!(".{name}-{}", std::process::id()));
+        make(&hidden)
+            .with_context(|| format!("cannot write to the image folder {}", parent.display()))?;
+        let image = Self {
+            parent,
+            hidden,
+            name,
+            published: false,
+        };
+        make(&image.criu_folder())?;
+        make(&image.files_folder())?;
+        Ok(image)
+    }
+
+    pub(crate) fn criu_folder(&self) -> PathBuf {
+        self.hidden.join(CRIU_FOLDER)
+    }
+
+    pub(crate) fn files_folder(&self) -> PathBuf {
+        self.hidden.join(FILES_FOLDER)
+    }
+
+    /// Measures everything, brings it to disk, writes the manifest, and lets the image appear. Returns its path.
+    ///
+    /// # Errors
+    /// Reading or writing fails; then no image appears.
+    pub(crate) fn publish(&mut self, mut manifest: Manifest) -> Result<PathBuf> {
+        let paths = checksum::list(&self.hidden)?;
+        manifest.contents = checksum::measure(&self.hidden, &paths, Durability::Sync)
+            .context("cannot bring the image to disk")?;
+        let text = serde_json::to_vec_pretty(&manifest)?;
+        self.write(MANIFEST, &text)?;
+        let sum = format!("{:08x} {}\n", crc32fast::hash(&text), text.len());
+        self.write(MANIFEST_SUM, sum.as_bytes())?;
+        for folder in [&self.criu_folder(), &self.files_folder(), &self.hidden] {
+            sync_folder(folder)?;
+        }
+        let path = self.rename()?;
+        sync_folder(&self.parent)?;
+        Ok(path)
+    }
+
+    fn write(&self, name: &str, text: &[u8]) -> Result<()> {
+        let path = self.hidden.join(name);
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create_new(&path)?;
+            file.write_all(text)?;
+            file.sync_all()
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The one step that makes an image of it; an existing one is never replaced.
+    fn rename(&mut self) -> Result<PathBuf> {
+        for number in 1..1000 {
+            let path = self.parent.join(format!("{}-{number}", self.name));
+            match renameat_with(CWD, &self.hidden, CWD, &path, RenameFlags::NOREPLACE) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => continue,
+                // File systems without that flag (9p, NFS): one orchestrator a job and a name with its root make it safe.
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+                    if path.exists() {
+                        continue;
+                    }
+                    std::fs::rename(&self.hidden, &path)
+                        .with_context(|| format!("cannot make {}", path.display()))?;
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot make {}", path.display()));
+                }
+            }
+            self.published = true;
+            return Ok(path);
+        }
+        bail!(
+            "{} has too many images of this second",
+            self.parent.display()
+        )
+    }
+}
+
+impl Drop for NewImage {
+    fn drop(&mut self) {
+        if !self.published {
+            // Nothing better can be done here; the folder is hidden and private.
+            let _ = std::fs::remove_dir_all(&self.hidden);
+        }
+    }
+}
+
+fn sync_folder(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .or_else(|error| {
+            // Some network file systems cannot; their renames are as durable as they get.
+            if error.raw_os_error() == Some(libc::EINVAL) {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        })
+        .with_context(|| format!("cannot bring {} to disk", path.display()))
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| {
+            i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+        })
+}
+
+/// The time of now, as the manifest has it: 2026-01-31T23:59:59Z.
+pub(crate) fn timestamp() -> String {
+    let (year, month, day, hour, minute, second) = civil(now());
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// As the name of an image has it: 20260131T235959Z.
+fn compact(seconds: i64) -> String {
+    let (year, month, day, hour, minute, second) = civil(seconds);
+    format!("{year:04}{month:02}{day:02}T{hour:02}{minute:02}{second:02}Z")
+}
+
+/// Year, month, day, hour, minute, second of the Gregorian calendar in UTC: days are counted in eras of 400 years
+/// that begin on 1 March.
+fn civil(seconds: i64) -> (i64, i64, i64, i64, i64, i64) {
+    let days = seconds.div_euclid(86_400) + 719_468;
+    let of_day = seconds.rem_euclid(86_400);
+    let era = days.div_euclid(146_097);
+    let of_era = days.rem_euclid(146_097);
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let month = if from_march < 10 {
+        from_march + 3
+    } else {
+        from_march - 9
+    };
+    let year = era * 400 + year_of_era + i64::from(month <= 2);
+    (
+        year,
+        month,
+        day,
+        of_day / 3_600,
+        of_day / 60 % 60,
+        of_day % 60,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::compact;
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        // From `date -u -d @N +%Y%m%dT%H%M%SZ`.
+        for (seconds, text) in [
+            (0, "19700101T000000Z"),
+            (951_782_399, "20000228T235959Z"),
+            (951_782_400, "20000229T000000Z"),
+            (1_735_689_599, "20241231T235959Z"),
+            (4_107_542_400, "21000301T000000Z"),
+        ] {
+            assert_eq!(compact(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! `reverbs inspect`: what is in an image.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::cli::InspectOptions;
+use super::image::{Image, Manifest};
+use super::progress::{bytes, count};
+use super::status::describe;
+
+/// # Errors
+/// It is no image of this version and this user, or it is damaged.
+#[expect(clippy::print_stdout)]
+pub(crate) fn inspect(options: &InspectOptions) -> Result<ExitCode> {
+    let image = Image::open(&options.image)?;
+    if !options.trust {
+        image.verify()?;
+    }
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&image.manifest)?);
+    } else {
+        print!("{}", summary(&image.manifest));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn summary(manifest: &Manifest) -> String {
+    let mut lines = vec![
+        format!(
+            "job {} of user {} on {} ({}), {}{}",
+            manifest.root,
+            manifest.user,
+            manifest.host,
+            manifest.kernel,
+            manifest.created,
+            if manifest.stopped {
+                ", stopped"
+            } else {
+                ", ran on"
+            }
+        ),
+        format!(
+            "reverbs {}, CRIU {} {}",
+            manifest.reverbs,
+            manifest.criu.version,
+            manifest.criu.options.join(" ")
+        ),
+        format!(
+            "{} in {}",
+            bytes(manifest.bytes()),
+            count(manifest.contents.len(), "file", "files")
+        ),
+    ];
+    for process in &manifest.processes {
+        lines.push(format!(
+            "process {} (parent {}): {}",
+            process.pid,
+            process.parent,
+            if process.command_line.is_empty() {
+                process.name.clone()
+            } else {
+                process.command_line.join(" ")
+            }
+        ));
+    }
+    for item in &manifest.carried {
+        lines.push(format!("carries {}", item.path.display()));
+    }
+    for file in &manifest.written_files {
+        lines.push(format!(
+            "expects {} with {} bytes",
+            file.path.display(),
+            file.length
+        ));
+    }
+    for pipe in &manifest.outside_pipes {
+        lines.push(format!(
+            "process {} {} a pipe from outside as file descriptor {}",
+            pipe.process,
+            if pipe.written {
+                "writes to"
+            } else {
+                "reads from"
+            },
+            pipe.descriptor
+        ));
+    }
+    for phase in &manifest.phases {
+        lines.push(format!("{:<10} {:8.3} s", phase.phase, phase.seconds));
+    }
+    let mut text = lines.join("\n") + "\n";
+    for status in manifest
+        .processes
+        .iter()
+        .filter_map(|process| process.rdma.as_ref())
+    {
+        text.push_str(&describe(status));
+    }
+    text
+}
