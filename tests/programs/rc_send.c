@@ -342,10 +342,11 @@ static void take_one(struct traffic *traffic, const struct ibv_wc *wc)
 bool take_send_completions(struct traffic *traffic)
 {
 	struct ibv_wc wc[16];
-	int count = ibv_poll_cq(traffic->send_cq, 1 + roll(traffic, 16), wc);
+	int asked = 1 + roll(traffic, 16), count = ibv_poll_cq(traffic->send_cq, asked, wc);
 
 	if (count < 0)
 		fail("ibv_poll_cq: %d", count);
+	note_poll(traffic, 0, count, asked);
 	for (int i = 0; i < count; i++)
 		take_one(traffic, &wc[i]);
 	return count > 0;

@@ -34,7 +34,8 @@ static void report(void)
 			stream->received, stream->receives_posted, stream->verified, stream->said,
 			stream->last_received);
 	}
-	fprintf(stderr, "side %d: armed %d %d\n", side, traffic.armed[0], traffic.armed[1]);
+	fprintf(stderr, "side %d: armed %d %d, events owed %d %d\n", side, traffic.armed[0],
+		traffic.armed[1], traffic.owed[0], traffic.owed[1]);
 }
 
 static void look_at_signals(void)
@@ -82,6 +83,15 @@ static void arm(void)
 	}
 }
 
+/* What came before the arming raises no event; what comes after the CQ was seen empty must. */
+void note_poll(struct traffic *traffic, int which, int count, int asked)
+{
+	if (traffic->settled[which] && count)
+		traffic->owed[which] = true;
+	if (traffic->armed[which] && count < asked)
+		traffic->settled[which] = true;
+}
+
 /* Takes one event; it must be one that was asked for. */
 static bool take_event(void)
 {
@@ -99,7 +109,7 @@ static bool take_event(void)
 	which = cq == traffic.receive_cq;
 	if (!traffic.armed[which])
 		fail("event for a CQ that was not armed: doubled");
-	traffic.armed[which] = false;
+	traffic.armed[which] = traffic.settled[which] = traffic.owed[which] = false;
 	traffic.totals.events++;
 	if (++traffic.unacked_events[which] == 10) {
 		ibv_ack_cq_events(cq, 10);
@@ -118,31 +128,25 @@ static bool readable(int timeout)
 	return result > 0;
 }
 
-/* Sleeps until there is something to do. A CQ that was armed while it was empty and is not empty
- * now must have raised an event: it is waited for without a limit, so one that is lost shows as a
- * process that hangs here. */
+/* An event that is owed is waited for without a limit: if it is lost, the process hangs here. */
+static void collect_owed_events(void)
+{
+	while (traffic.owed[0] || traffic.owed[1]) {
+		look_at_signals();
+		if (readable(-1))
+			take_event();
+	}
+}
+
 static void wait_for_event(void)
 {
-	bool was_armed[2];
-
+	collect_owed_events();
 	arm();
-	/* What came before the arming raises no event. */
 	if (work())
 		return;
-	memcpy(was_armed, traffic.armed, sizeof(was_armed));
-	if (!readable(LONGEST_WAIT_MS)) {
-		bool got_send = take_send_completions(&traffic);
-		bool got_receive = take_receive_completions(&traffic);
-
-		while ((got_send && was_armed[0] && traffic.armed[0]) ||
-		       (got_receive && was_armed[1] && traffic.armed[1])) {
-			look_at_signals();
-			if (readable(-1))
-				take_event();
-		}
-	}
-	while (readable(0) && take_event())
-		;
+	if (readable(LONGEST_WAIT_MS))
+		while (readable(0) && take_event())
+			;
 }
 
 static void run(void)
@@ -166,6 +170,8 @@ static void run(void)
 		    traffic.options.seconds)
 			asked_to_stop = 1;
 	}
+	if (traffic.channel)
+		collect_owed_events();
 	check_handles(&traffic.handles);
 }
 

@@ -110,7 +110,9 @@ struct traffic {
 	struct ibv_pd *pd;
 	struct ibv_comp_channel *channel;
 	struct ibv_cq *send_cq, *receive_cq;
-	bool armed[2];
+	/* Of the send and the receive CQ: armed; found empty since then, so that all that comes now
+	 * raises an event; something did come, so an event is owed. */
+	bool armed[2], settled[2], owed[2];
 	uint32_t unacked_events[2];
 	uint32_t receive_depth;
 	/* Memory, one region each with the least rights that do. */
@@ -129,6 +131,9 @@ struct traffic {
 void read_options(struct options *options, int count, char **arguments);
 void set_up(struct traffic *traffic);
 void tear_down(struct traffic *traffic);
+
+/* rc_traffic.c: a poll of the send (0) or receive CQ (1) gave `count` of at most `asked`. */
+void note_poll(struct traffic *traffic, int which, int count, int asked);
 
 /* rc_stream.c: what operation `number` of a queue pair of a side is. */
 enum kind kind_of(const struct traffic *traffic, int from, uint32_t qp, uint64_t number);

@@ -72,6 +72,14 @@ const CYCLED: &[Cycled] = &[
         share: 4,
     },
     Cycled {
+        name: "cycle-ud-srq",
+        job: CycledJob::Own {
+            program: "ud_srq",
+            options: "--seed 14",
+        },
+        share: 1,
+    },
+    Cycled {
         name: "cycle-mpi-np2",
         job: CycledJob::Mpi { ranks: 2 },
         share: 8,

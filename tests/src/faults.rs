@@ -180,6 +180,12 @@ fn check(fault: &Fault, program: &mut Running, job: &Job<'_>) -> Result<String> 
                 program.wait(job.deadline.at_most(HANG)).is_err(),
                 "it did not wait"
             );
+            own_programs::ask_for_report(program);
+            let report = program.errors()?;
+            ensure!(
+                report.contains("owed 1") || report.contains("owed 0 1"),
+                "it waits for something else: {report}"
+            );
             Ok("waits, as it must".to_owned())
         }
         Noticed::Says(texts) => {
