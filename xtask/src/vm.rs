@@ -217,7 +217,7 @@ impl Machine {
         self
     }
 
-    /// A variable for the job, which otherwise has PATH, HOME, USER, LOGNAME and LANG only.
+    /// A variable for the job, which otherwise has PATH, HOME, USER, LOGNAME, LANG and what lets mpirun run as root.
     pub fn environment(mut self, name: &str, value: &str) -> Machine {
         self.environment.push((name.to_owned(), value.to_owned()));
         self

@@ -11,7 +11,7 @@ job=$!
 
 # The longest part, in which the ranks exchange messages without a pause.
 until grep -qs 'Begin of LatencyBandwidth' hpccoutf.txt; do
-	kill -0 $job || { cat job.out >&2; exit 1; }
+	kill -0 $job 2>/dev/null || { cat job.out >&2; exit 1; }
 	sleep 0.5
 done
 sleep 5
