@@ -37,7 +37,7 @@ impl Count {
 /// last line on stdout.
 ///
 /// # Errors
-/// When packages are missing, the provider cannot be built, or stdout is closed. Failed tests
+/// When packages are missing, the provider cannot be built, no test ran, or stdout is closed. Failed tests
 /// are no error: they are in the count.
 pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
     setup::ensure()?;
@@ -47,6 +47,9 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
         if let Some(cases) = guest.cases(run, filter)? {
             count.add(guest.run(run, &cases)?);
         }
+    }
+    if count == Count::default() {
+        bail!("no test ran: none has such a name");
     }
     let Count { passed, failed } = count;
     writeln!(std::io::stdout(), "{passed} passed, {failed} failed")?;
