@@ -410,7 +410,7 @@ const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigati
      rcupdate.rcu_expedited=1 cryptomgr.notests swiotlb=noforce audit=0 tsc=reliable";
 
 /// QEMU itself crashed before the job was started: nothing has happened, so it may be tried
-/// again. Debian 12's does so about once in fifty boots with more than one processor.
+/// again. Debian 12's did so once in the first sixty boots.
 #[derive(Debug)]
 struct EmulatorCrash(ExitStatus);
 
