@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use procfs::process::Process;
@@ -120,7 +120,10 @@ impl Checkpoint {
             }
         };
         match saved {
-            Saved::Published(path) => Ok(path),
+            Saved::Published(path) => {
+                wait_for_end(&tree);
+                Ok(path)
+            }
             Saved::Written(manifest) => {
                 if let Err(error) = driver.restore_service() {
                     driver
@@ -264,6 +267,17 @@ enum Saved {
     Published(PathBuf),
     /// Everything is written, but not yet on disk.
     Written(Box<Manifest>),
+}
+
+/// CRIU has killed them; a restart needs their ids, so give them a moment to be gone.
+fn wait_for_end(tree: &ProcessTree) {
+    for _ in 0..100 {
+        let left = tree.pids().into_iter().any(|pid| Process::new(pid).is_ok());
+        if !left {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn threads(process: &Process) -> Vec<i32> {

@@ -259,10 +259,25 @@ fn verbosity() -> &'static str {
 
 impl WorkFolder {
     /// # Errors
-    /// It cannot be made in the runtime folder.
+    /// It cannot be made in the runtime folder. The caller holds the lock of the job.
     pub(crate) fn create(runtime_folder: &Path, root: i32) -> Result<Self> {
+        // A command that was killed has left its own; the caller holds the job's lock.
+        let prefix = format!("criu-{root}-");
+        for entry in std::fs::read_dir(runtime_folder)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(&prefix))
+            {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
         let folder = tempfile::Builder::new()
-            .prefix("criu-")
+            .prefix(&prefix)
             .tempdir_in(runtime_folder)
             .with_context(|| format!("cannot make a folder in {}", runtime_folder.display()))?;
         Ok(Self {

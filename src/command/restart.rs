@@ -1,8 +1,9 @@
 //! `reverbs restart`: a job from its image.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::process::{Command, ExitCode, Stdio};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -81,7 +82,7 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     let work = WorkFolder::create(&runtime_folder, manifest.root)?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .context("cannot become the parent of the restored job")?;
-    restore(&criu, &image, &work, options)?;
+    let copiers = restore(&criu, &image, &work, options)?;
     progress.phase(
         "restore",
         began,
@@ -113,7 +114,11 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     }
     println!("{}", manifest.root);
     if options.wait {
-        return wait(manifest.root);
+        let code = wait(manifest.root)?;
+        for mut copier in copiers {
+            copier.wait()?;
+        }
+        return Ok(code);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -154,28 +159,36 @@ fn wait_for_ids(ids: &[i32]) -> Result<()> {
     Ok(())
 }
 
-fn restore(criu: &Criu, image: &Image, work: &WorkFolder, options: &RestartOptions) -> Result<()> {
+fn restore(
+    criu: &Criu,
+    image: &Image,
+    work: &WorkFolder,
+    options: &RestartOptions,
+) -> Result<Vec<Child>> {
     let manifest = &image.manifest;
-    let outputs = Outputs::open(options)?;
-    let inherit: Vec<(String, BorrowedFd<'_>)> = manifest
-        .outside_pipes
+    let outputs = (!manifest.outside_pipes.is_empty())
+        .then(|| Outputs::open(options))
+        .transpose()?;
+    let inherit: Vec<(String, BorrowedFd<'_>)> = outputs
         .iter()
-        .map(|pipe| {
-            let to = if !pipe.written {
-                outputs.nothing.as_fd()
-            } else if pipe.descriptor == 2 {
-                outputs.error.as_fd()
-            } else {
-                outputs.output.as_fd()
-            };
-            (format!("pipe:[{}]", pipe.inode), to)
+        .flat_map(|outputs| {
+            manifest.outside_pipes.iter().map(|pipe| {
+                let to = match (pipe.written, pipe.descriptor) {
+                    (false, _) => &outputs.nothing,
+                    (true, 2) => &outputs.error,
+                    (true, _) => &outputs.output,
+                };
+                (format!("pipe:[{}]", pipe.inode), to.as_fd())
+            })
         })
         .collect();
     let mut attempt = 1;
     loop {
         forget_closed_connections(&manifest.listening_ports);
         match criu.restore(&image.criu_folder(), work, &manifest.criu.options, &inherit) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                return Ok(outputs.map_or_else(Vec::new, |outputs| outputs.copiers));
+            }
             Err(RestoreFailure { may_pass: true, .. }) if attempt < ATTEMPTS => {
                 attempt += 1;
                 std::thread::sleep(BETWEEN_ATTEMPTS);
@@ -188,35 +201,58 @@ fn restore(criu: &Criu, image: &Image, work: &WorkFolder, options: &RestartOptio
     }
 }
 
-/// Where what the job wrote to pipes goes from now on.
+/// Where what the job wrote to pipes goes from now on. Pipes again, since CRIU opens anew what it inherits, which only a
+/// pipe survives: a file would be written from its beginning. `cat` empties them for as long as the job lives.
 #[derive(Debug)]
 struct Outputs {
     output: File,
     error: File,
     nothing: File,
+    copiers: Vec<Child>,
 }
 
 impl Outputs {
     fn open(options: &RestartOptions) -> Result<Self> {
-        let nothing = OpenOptions::new().read(true).open("/dev/null")?;
-        if let Some(path) = &options.output {
-            let output = OpenOptions::new()
-                .append(true)
-                .create(true)
-                .open(path)
-                .with_context(|| format!("cannot write to {}", path.display()))?;
-            return Ok(Self {
-                error: output.try_clone()?,
-                output,
-                nothing,
-            });
-        }
+        let (output, error) = match &options.output {
+            Some(path) => {
+                let file = OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .open(path)
+                    .with_context(|| format!("cannot write to {}", path.display()))?;
+                (file.try_clone()?, file)
+            }
+            None => (
+                std::io::stdout().as_fd().try_clone_to_owned()?.into(),
+                std::io::stderr().as_fd().try_clone_to_owned()?.into(),
+            ),
+        };
+        let mut copiers = Vec::new();
+        let (output, error) = (
+            pipe_to(output, &mut copiers)?,
+            pipe_to(error, &mut copiers)?,
+        );
         Ok(Self {
-            output: std::io::stdout().as_fd().try_clone_to_owned()?.into(),
-            error: std::io::stderr().as_fd().try_clone_to_owned()?.into(),
-            nothing,
+            output,
+            error,
+            nothing: OpenOptions::new().read(true).open("/dev/null")?,
+            copiers,
         })
     }
+}
+
+fn pipe_to(target: File, copiers: &mut Vec<Child>) -> Result<File> {
+    let (reader, writer) = std::io::pipe()?;
+    let copier = Command::new("cat")
+        .stdin(reader)
+        .stdout(target)
+        .stderr(Stdio::null())
+        // Ctrl-C ends this command, and not the output of the job.
+        .process_group(0)
+        .spawn()
+        .context("cannot start `cat` for the output of the job")?;
+    copiers.push(copier);
+    Ok(OwnedFd::from(writer).into())
 }
 
 /// Connections in TIME-WAIT keep the ports of the image's listening sockets for a minute. Without `ss` or the privilege,

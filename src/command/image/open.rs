@@ -162,3 +162,132 @@ fn require_private_file(found: &Metadata) -> Result<()> {
     ensure!(found.mode() & 0o022 == 0, "can be written by others");
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::{Path, PathBuf};
+
+    use super::Image;
+    use crate::command::image::{CriuFacts, Manifest, NewImage};
+
+    fn publish(parent: &Path) -> PathBuf {
+        let mut new = NewImage::create(parent, 42).unwrap();
+        for (name, text) in [("pages-1.img", "pages"), ("core-42.img", "core")] {
+            std::fs::write(new.criu_folder().join(name), text).unwrap();
+            private(&new.criu_folder().join(name), 0o600);
+        }
+        let manifest = Manifest {
+            format: Manifest::format(),
+            version: Manifest::version(),
+            reverbs: "0".into(),
+            created: String::new(),
+            host: "here".into(),
+            kernel: String::new(),
+            user: rustix::process::geteuid().as_raw(),
+            root: 42,
+            stopped: false,
+            processes: vec![],
+            criu: CriuFacts {
+                version: "4".into(),
+                options: vec![],
+            },
+            runtime_folder: PathBuf::new(),
+            listening_ports: vec![],
+            outside_pipes: vec![],
+            carried: vec![],
+            written_files: vec![],
+            phases: vec![],
+            contents: vec![],
+        };
+        new.publish(manifest).unwrap()
+    }
+
+    fn private(path: &Path, mode: u32) {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    }
+
+    fn refusal(folder: &Path) -> String {
+        let error = match Image::open(folder) {
+            Ok(image) => image.verify().unwrap_err(),
+            Err(error) => error,
+        };
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn what_was_published_is_read_back_and_nothing_else_is_left() {
+        let parent = tempfile::tempdir().unwrap();
+        let (one, other) = (publish(parent.path()), publish(parent.path()));
+        assert_ne!(one, other);
+        for path in [one, other] {
+            let image = Image::open(&path).unwrap();
+            image.verify().unwrap();
+            assert_eq!(image.manifest.contents.len(), 2);
+            assert_eq!(image.manifest.bytes(), 9);
+        }
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn an_image_that_is_not_finished_leaves_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        let abandoned = parent.path().join(format!(
+            ".reverbs-42-19990101T000000Z@{}",
+            rustix::system::uname().nodename().to_string_lossy()
+        ));
+        std::fs::create_dir(&abandoned).unwrap();
+        drop(NewImage::create(parent.path(), 42).unwrap());
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn damage_is_named() {
+        type Damage = fn(&Path);
+        let cases: [(&str, Damage); 7] = [
+            ("pages-1.img was changed", |image| {
+                std::fs::write(image.join("criu/pages-1.img"), "pagez").unwrap();
+            }),
+            ("core-42.img has 5 bytes instead of 4", |image| {
+                std::fs::write(image.join("criu/core-42.img"), "cores").unwrap();
+            }),
+            ("core-42.img is missing", |image| {
+                std::fs::remove_file(image.join("criu/core-42.img")).unwrap();
+            }),
+            ("core-42.img: can be written by others", |image| {
+                private(&image.join("criu/core-42.img"), 0o622);
+            }),
+            ("never finished", |image| {
+                std::fs::remove_file(image.join("manifest.json")).unwrap();
+            }),
+            ("manifest.json was changed", |image| {
+                edit(image, "\"here\"", "\"there\"")
+            }),
+            ("format version 2", |image| {
+                edit(image, "\"version\": 1", "\"version\": 2")
+            }),
+        ];
+        let parent = tempfile::tempdir().unwrap();
+        for (expected, damage) in cases {
+            let image = publish(parent.path());
+            damage(&image);
+            let refused = refusal(&image);
+            assert!(refused.contains(expected), "{expected}: {refused}");
+        }
+    }
+
+    #[test]
+    fn an_image_that_others_can_enter_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let image = publish(parent.path());
+        private(&image, 0o750);
+        assert!(refusal(&image).contains("can be entered by others"));
+    }
+
+    fn edit(image: &Path, from: &str, to: &str) {
+        let path = image.join("manifest.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from));
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+    }
+}

@@ -22,7 +22,7 @@ pub(crate) struct NewImage {
 }
 
 impl NewImage {
-    /// Makes the hidden folder in `parent`, which is made if it is not there.
+    /// Makes the hidden folder in `parent`, which is made if it is not there. The caller holds the lock of the job.
     ///
     /// # Errors
     /// `parent` cannot be made or written to.
@@ -34,7 +34,12 @@ impl NewImage {
             .canonicalize()
             .with_context(|| format!("cannot enter the image folder {}", parent.display()))?;
         let name = format!("reverbs-{root}-{}", compact(now()));
-        let hidden = parent.join(format!(".{name}-{}", std::process::id()));
+        let host = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+        remove_abandoned(&parent, &format!(".reverbs-{root}-"), &format!("@{host}"));
+        let hidden = parent.join(format!(".{name}@{host}"));
         make(&hidden)
             .with_context(|| format!("cannot write to the image folder {}", parent.display()))?;
         let image = Self {
@@ -120,6 +125,22 @@ impl Drop for NewImage {
         if !self.published {
             // Nothing better can be done here; the folder is hidden and private.
             let _ = std::fs::remove_dir_all(&self.hidden);
+        }
+    }
+}
+
+/// What a checkpoint of this job has left that was killed half-way. Nobody works on it: the caller holds the job's lock.
+fn remove_abandoned(parent: &Path, beginning: &str, end: &str) {
+    let Ok(entries) = std::fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name
+            .to_str()
+            .is_some_and(|name| name.starts_with(beginning) && name.ends_with(end))
+        {
+            let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 }
