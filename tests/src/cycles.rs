@@ -116,7 +116,7 @@ pub fn run(cycled: &Cycled, job: &Job<'_>) -> Result<String> {
             let mut running = own_programs::start(job, program, &options)?;
             let outcome = cycle_own(&mut running, job, cycles);
             if outcome.is_err() {
-                own_programs::ask_for_report(&mut running);
+                own_programs::ask_for_report(&mut running, &job.folder);
             }
             outcome
         }

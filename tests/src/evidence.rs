@@ -3,10 +3,15 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::setup::Mode;
+use crate::process::Running;
+use crate::setup::{Deadline, Mode};
+
+/// How long a program may take to open its device under emulation.
+const TIME_TO_OPEN: Duration = Duration::from_secs(30);
 
 /// Whether the process has an RDMA device open.
 pub fn has_device_open(pid: u32) -> bool {
@@ -20,6 +25,27 @@ pub fn has_device_open(pid: u32) -> bool {
                 .starts_with("/dev/infiniband/uverbs")
         })
     })
+}
+
+/// Waits until a program that is certain to open its device has done so, and checks how.
+///
+/// # Errors
+/// When it ends first, or does not drive the device as `mode` says.
+pub fn wait_for_mode(program: &mut Running, mode: &Mode, deadline: Deadline) -> Result<()> {
+    let mut found = Ok(());
+    let opened = program.wait_until(
+        deadline.at_most(TIME_TO_OPEN),
+        "it opened the device",
+        |pid| {
+            if !has_device_open(pid) {
+                return Ok(None);
+            }
+            // The file is open a little before the provider gets to drive it.
+            found = check_mode(pid, mode);
+            Ok(found.is_ok().then_some(()))
+        },
+    );
+    found.and(opened)
 }
 
 /// Checks that a process with an open device drives it as `mode` says.

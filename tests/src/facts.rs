@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::case::Job;
 use crate::setup::{Mode, Setup};
@@ -61,16 +61,15 @@ fn collect(job: &Job<'_>) -> Result<String> {
 fn compare(found: &str, expected: &str) -> Result<usize> {
     let expected = answers(expected);
     let found = answers(found);
+    let mut differing = Vec::new();
     for (name, (optional, value)) in &expected {
-        let Some((_, answer)) = found.get(name) else {
-            bail!("no answer to: {name}")
-        };
-        let excused = *optional && *answer == NOT_SUPPORTED;
-        ensure!(
-            answer == value || excused,
-            "{name}: {answer}, the bare device answers {value}"
-        );
+        let answer = found.get(name).map_or("nothing", |(_, answer)| *answer);
+        let excused = *optional && answer == NOT_SUPPORTED;
+        if answer != *value && !excused {
+            differing.push(format!("{name}: {answer}, the bare device answers {value}"));
+        }
     }
+    ensure!(differing.is_empty(), "{}", differing.join("; "));
     ensure!(!expected.is_empty(), "nothing to compare");
     Ok(expected.len())
 }

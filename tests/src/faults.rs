@@ -78,7 +78,7 @@ const FAULTS: &[(&str, Fault)] = &[
     ),
     (
         "fault-rc-wrong-number",
-        rc("wrong-queue-pair-number", &["not ours", "lost, doubled"]),
+        rc("wrong-queue-pair-number", &["not ours", "doubled"]),
     ),
     ("fault-rc-wrong-byte", rc("wrong-byte", &["is 0x"])),
     (
@@ -180,7 +180,7 @@ fn check(fault: &Fault, program: &mut Running, job: &Job<'_>) -> Result<String> 
                 program.wait(job.deadline.at_most(HANG)).is_err(),
                 "it did not wait"
             );
-            own_programs::ask_for_report(program);
+            own_programs::ask_for_report(program, &job.folder);
             let report = program.errors()?;
             ensure!(
                 report.contains("owed 1") || report.contains("owed 0 1"),

@@ -1,5 +1,7 @@
 //! Our own C programs, each run to its end by itself.
 
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -99,7 +101,7 @@ pub fn run(own: &Own, job: &Job<'_>) -> Result<String> {
     evidence::check_mode(program.pid(), &job.setup.mode)?;
     let ended = program.wait_for_success(job.deadline);
     if ended.is_err() {
-        ask_for_report(&mut program);
+        ask_for_report(&mut program, &job.folder);
     }
     ended?;
     Ok(format!("{} messages", check_account(&program.output()?)?))
@@ -119,15 +121,18 @@ pub fn run_mpi(ranks: u32, rounds: u32, job: &Job<'_>) -> Result<String> {
     Ok(format!("{done} rounds"))
 }
 
-/// Makes a program that hangs write to its standard error where it stands.
-pub fn ask_for_report(program: &mut Running) {
+/// Makes a program that hangs write to its standard error where it stands, and notes in
+/// `FOLDER/threads` what its threads wait for.
+pub fn ask_for_report(program: &mut Running, folder: &Path) {
     if !matches!(program.ended(), Ok(None)) {
         return;
     }
     let mut pids = tree::descendants(program.pid());
     pids.push(program.pid());
+    // For people only: a case that has failed already does not fail for want of this.
+    let _ = fs::write(folder.join("threads"), process::describe_threads(&pids));
     process::signal_each(&pids, Signal::USR1);
-    // What it writes is for people, and nothing tells when it is complete.
+    // Nothing tells when what it writes is complete.
     std::thread::sleep(Duration::from_millis(500));
 }
 

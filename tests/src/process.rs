@@ -205,7 +205,8 @@ pub fn run(command: Command, folder: &Path, name: &str, deadline: Deadline) -> R
     let mut running = Running::start(command, folder, name)?;
     let waited = running.wait_for_success(deadline);
     let errors = running.errors()?;
-    waited.with_context(|| errors.trim().to_owned())?;
+    let last = errors.lines().last().unwrap_or_default().to_owned();
+    waited.context(last)?;
     Ok(running.output()?)
 }
 
@@ -214,6 +215,29 @@ pub fn signal_each(pids: &[u32], signal: Signal) {
     for pid in pids {
         let _ = kill_process(as_pid(*pid), signal);
     }
+}
+
+/// What each thread of some processes waits for in the kernel; for people who look at a hang.
+pub fn describe_threads(pids: &[u32]) -> String {
+    let mut text = String::new();
+    for pid in pids {
+        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+            continue;
+        };
+        for thread in threads.flatten().map(|entry| entry.path()) {
+            // A thread can end at any time; then there is nothing to say about it.
+            let read = |name| fs::read_to_string(thread.join(name)).unwrap_or_default();
+            text.push_str(&format!(
+                "{} {}: wchan {}, syscall {}\n{}",
+                thread.display(),
+                read("comm").trim(),
+                read("wchan").trim(),
+                read("syscall").trim(),
+                read("stack")
+            ));
+        }
+    }
+    text
 }
 
 fn as_pid(pid: u32) -> Pid {

@@ -15,7 +15,7 @@ use crate::tree;
 const FIRST_PORT: u16 = 20_000;
 
 /// How many lines of each captured file are shown for a failed case.
-const LINES_SHOWN: usize = 12;
+const LINES_SHOWN: usize = 24;
 
 /// Runs the cases and writes one line for each, then `N passed, N failed[, N skipped]`.
 /// True when none failed.

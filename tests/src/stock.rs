@@ -125,10 +125,7 @@ pub fn run(pair: &Pair, job: &Job<'_>) -> Result<()> {
     let mut client = command(pair, job);
     client.arg("127.0.0.1");
     let mut client = Running::start(client, &job.folder, "client")?;
-    client.wait_until(job.deadline, "it opened the device", |pid| {
-        Ok(evidence::has_device_open(pid).then_some(()))
-    })?;
-    evidence::check_mode(client.pid(), mode).context("client")?;
+    evidence::wait_for_mode(&mut client, mode, job.deadline).context("client")?;
     server.signal(Signal::CONT)?;
 
     client.wait_for_success(job.deadline)?;
