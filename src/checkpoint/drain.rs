@@ -193,19 +193,14 @@ fn poll_all(fire: Fire, mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) ->
 }
 
 fn held() -> u64 {
-    let contexts = process().contexts();
-    // SAFETY: the gate is closed, so nothing is destroyed.
-    contexts
-        .iter()
-        .map(|context| {
-            context
-                .objects()
-                .completion_queues
-                .iter()
-                .map(|(_, queue)| unsafe { queue.get().held() })
-                .sum::<u64>()
-        })
-        .sum()
+    let mut sum = 0;
+    for context in process().contexts() {
+        for (_, queue) in &context.objects().completion_queues {
+            // SAFETY: the gate is closed, so nothing is destroyed.
+            sum += unsafe { queue.get().held() };
+        }
+    }
+    sum
 }
 
 fn outstanding() -> u64 {

@@ -1,14 +1,14 @@
 //! What stands in the way, before anything is touched.
 
-use kmod_compat::devices::NodeType;
+use kmod_compat::devices::{self, NodeType};
 use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_descriptors, rdma_mappings};
 use kmod_compat::netlink::Connection;
 use kmod_compat::restrack::live_connection_ids;
 use kmod_compat::sysfs::Sysfs;
 
 use crate::control::message::Obstacle;
-use crate::device;
-use crate::virt::ports;
+use crate::device as hardware;
+use crate::virt::context::Context;
 use crate::virt::process::process;
 
 /// Everything that a checkpoint cannot carry, by name.
@@ -37,13 +37,11 @@ pub(crate) fn examine() -> Vec<Obstacle> {
             }
         }
     }
-    for context in process().contexts() {
-        let name = context.hardware_name();
-        // iWARP needs its connection manager to connect, so its queue pairs cannot be connected again.
-        if ports::facts(&name).is_ok_and(|facts| facts.node_type == NodeType::RNIC) {
-            say(format!(
-                "device {name} is iWARP, whose connections cannot be made again"
-            ));
+    // iWARP needs its connection manager to connect, so its queue pairs cannot be connected again.
+    let devices = devices::list(&Sysfs::host()).unwrap_or_default();
+    for name in process().contexts().into_iter().map(Context::hardware_name) {
+        if devices.iter().any(|device| device.name == name && device.node_type == NodeType::RNIC) {
+            say(format!("device {name} is iWARP, whose connections cannot be made again"));
         }
     }
     // The hardware's own mappings go with its contexts; a process that has no context must have none.
@@ -67,7 +65,7 @@ fn our_descriptors() -> Vec<i32> {
         unsafe {
             [
                 (*context.app()).cmd_fd,
-                device::command_fd(context.hardware()),
+                hardware::command_fd(context.hardware()),
             ]
         }
     });

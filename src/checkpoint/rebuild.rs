@@ -187,6 +187,10 @@ fn rebuild_objects(context: &Context) -> Result<(), String> {
 /// Old and new numbers of this process.
 pub(crate) fn numbers() -> ProcessNumbers {
     let contexts = process().contexts().into_iter().map(|context| {
+        let ports = lock(&context.ports)
+            .iter()
+            .map(|port| port.numbers.clone())
+            .collect();
         let objects = context.objects();
         // SAFETY: the gate is closed, so nothing is destroyed.
         unsafe {
@@ -199,10 +203,7 @@ pub(crate) fn numbers() -> ProcessNumbers {
             ContextNumbers {
                 device: context.name(),
                 hardware_device: context.hardware_name(),
-                ports: lock(&context.ports)
-                    .iter()
-                    .map(|port| port.numbers.clone())
-                    .collect(),
+                ports,
                 queue_pairs: pairs
                     .filter_map(|pair| pair.numbers(context.largest_mtu(pair.port())))
                     .collect(),

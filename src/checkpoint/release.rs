@@ -1,7 +1,7 @@
 //! Letting go of the hardware: every object, then every file descriptor.
 
 use std::fs::File;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_descriptors, rdma_mappings};
 use kmod_compat::substitute::substitute;
@@ -34,19 +34,16 @@ pub(crate) fn release() -> Phase<Let> {
     for channel in process().channels().iter() {
         channel.release();
     }
-    let null = || {
-        File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/null")
-            .map_err(|error| format!("/dev/null: {error}"))
-    };
     for context in process().contexts() {
         let hardware = context.hardware();
         context.set_hardware(std::ptr::null_mut());
         // SAFETY: the device's own; all its objects are gone.
         unsafe { (context.verbs.ibv_close_device)(hardware) };
-        let stand_in = null()?;
+        let stand_in = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(|error| format!("/dev/null: {error}"))?;
         // SAFETY: the application's context is open; only its file number is read.
         let number = unsafe { (*context.app()).cmd_fd };
         replace_command_file(number, std::os::fd::AsRawFd::as_raw_fd(&stand_in))
@@ -58,8 +55,7 @@ pub(crate) fn release() -> Phase<Let> {
     for descriptor in descriptors {
         match descriptor.kind {
             DescriptorKind::ConnectionManager => {
-                substitute(descriptor.number, OwnedFd::from(null()?))
-                    .map_err(|error| error.to_string())?;
+                substitute(descriptor.number, silent_file()?).map_err(|error| error.to_string())?;
                 left.connection_managers.push(descriptor.number);
             }
             DescriptorKind::Events => {
@@ -87,6 +83,16 @@ pub(crate) fn release() -> Phase<Let> {
             mapping.path, mapping.start
         )),
         None => Ok(left),
+    }
+}
+
+/// A file that can be saved, that epoll accepts, and that never has anything to say.
+fn silent_file() -> Phase<OwnedFd> {
+    // SAFETY: makes a descriptor, which is owned from here on.
+    match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } {
+        -1 => Err(format!("eventfd: {}", std::io::Error::last_os_error())),
+        // SAFETY: just made, and nobody else's.
+        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
 }
 

@@ -24,6 +24,8 @@ use crate::log::SlotHead;
 const HELD: u32 = 1;
 const CLOSED: u32 = 2;
 const TRANSLATE: u32 = 4;
+/// The agent wants the lock. A thread that polls all the time would hardly ever leave it free.
+const WANTED: u32 = 8;
 
 /// Marks the owner of a [`SlotHead`] as a shared receive queue (objects are aligned, the bit is free).
 pub(crate) const SHARED: usize = 1;
@@ -36,6 +38,8 @@ type Poll = unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int;
 pub struct CompletionQueue {
     app: AppCq,
     lock: QueueLock,
+    /// Changed under the lock, but for [`WANTED`].
+    general: AtomicU32,
     state: UnsafeCell<State>,
     pub(crate) context: &'static Context,
     channel: Option<Arc<Channel>>,
@@ -50,7 +54,6 @@ unsafe impl Sync for CompletionQueue {}
 
 #[derive(Debug)]
 struct State {
-    general: u32,
     hardware: *mut ibv_cq,
     poll: Poll,
     /// Completions that are the application's already, oldest first.
@@ -85,7 +88,6 @@ pub unsafe fn create(
         false => Some(unsafe { Channel::of(context, channel)? }),
     };
     let state = State {
-        general: if process().translates() { TRANSLATE } else { 0 },
         hardware: std::ptr::null_mut(),
         poll: poll_nothing,
         held: VecDeque::new(),
@@ -97,6 +99,7 @@ pub unsafe fn create(
     let queue = Box::new(CompletionQueue {
         app: AppCq::default(),
         lock: QueueLock::default(),
+        general: AtomicU32::new(if process().translates() { TRANSLATE } else { 0 }),
         state: UnsafeCell::new(state),
         context,
         channel,
@@ -201,7 +204,7 @@ pub unsafe fn poll(app: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> 
     // SAFETY: as the caller vouches.
     let queue = unsafe { CompletionQueue::of(app) };
     let state = queue.lock();
-    if state.general != 0 {
+    if queue.general.load(Ordering::Relaxed) != 0 {
         // SAFETY: as the caller vouches.
         return unsafe { poll_general(queue, state, count, completions) };
     }
@@ -227,18 +230,24 @@ unsafe fn poll_general(
     completions: *mut ibv_wc,
 ) -> c_int {
     let room = usize::try_from(count).unwrap_or(0);
-    if state.general & HELD != 0 {
+    let general = queue.general.load(Ordering::Relaxed);
+    if general & WANTED != 0 {
+        drop(state);
+        std::thread::yield_now();
+        return 0;
+    }
+    if general & HELD != 0 {
         let serve = room.min(state.held.len());
         for (index, completion) in state.held.drain(..serve).enumerate() {
             // SAFETY: the caller vouches for `count` entries.
             unsafe { completions.add(index).write(completion) };
         }
         if state.held.is_empty() {
-            state.general &= !HELD;
+            queue.general.fetch_and(!HELD, Ordering::Relaxed);
         }
         return serve as c_int;
     }
-    if state.general & CLOSED != 0 {
+    if general & CLOSED != 0 {
         return 0;
     }
     // SAFETY: not closed, so the hardware is there.
@@ -325,10 +334,8 @@ impl CompletionQueue {
     fn lock(&self) -> Locked<'_> {
         let guard = self.lock.lock();
         // SAFETY: the lock is held.
-        Locked {
-            _guard: guard,
-            state: unsafe { &mut *self.state.get() },
-        }
+        let state = unsafe { &mut *self.state.get() };
+        Locked { _guard: guard, state }
     }
 
     /// The hardware's queue; null while released.
@@ -342,16 +349,18 @@ impl CompletionQueue {
 
     /// Closes the gate of this queue: polls serve what is held back.
     pub(crate) fn close(&self, limit: Instant) -> bool {
-        let Some(_guard) = self.lock.lock_before(limit) else {
-            return false;
-        };
-        // SAFETY: the lock is held.
-        unsafe { (*self.state.get()).general |= CLOSED };
-        true
+        self.general.fetch_or(WANTED, Ordering::Relaxed);
+        let guard = self.lock.lock_before(limit);
+        if guard.is_some() {
+            self.general.fetch_or(CLOSED, Ordering::Relaxed);
+        }
+        self.general.fetch_and(!WANTED, Ordering::Relaxed);
+        guard.is_some()
     }
 
     pub(crate) fn open(&self) {
-        self.lock().general &= !CLOSED;
+        let _state = self.lock();
+        self.general.fetch_and(!CLOSED, Ordering::Relaxed);
     }
 
     pub(crate) fn held(&self) -> u64 {
@@ -381,7 +390,7 @@ impl CompletionQueue {
                 // SAFETY: a completion of this queue, polled just now.
                 unsafe { self.hand_over(completion) };
                 state.held.push_back(*completion);
-                state.general |= HELD;
+                self.general.fetch_or(HELD, Ordering::Relaxed);
                 found.held += 1;
             }
             if got < BATCH {
@@ -394,7 +403,7 @@ impl CompletionQueue {
     pub(crate) fn hold(&self, completion: ibv_wc) {
         let mut state = self.lock();
         state.held.push_back(completion);
-        state.general |= HELD;
+        self.general.fetch_or(HELD, Ordering::Relaxed);
     }
 
     /// Turns a completion of the hardware into the application's, and retires its request.
@@ -497,7 +506,7 @@ impl CompletionQueue {
     /// After a restart: numbers may differ, and a notification that was asked for and not given is asked for again.
     pub(crate) fn resume(&self) {
         let mut state = self.lock();
-        state.general |= TRANSLATE;
+        self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
         if state.arms > state.events {
             state.events = state.arms - 1;
             // SAFETY: rebuilt, so the hardware is there.

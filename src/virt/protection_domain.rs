@@ -30,11 +30,12 @@ pub fn alloc(app: *mut ibv_context) -> Verb<*mut ibv_pd> {
     let hardware = context
         .verbs
         .pointer(unsafe { (context.verbs.ibv_alloc_pd)(context.hardware()) })?;
+    // SAFETY: the device's own object, just made.
+    let handle = unsafe { (*hardware).handle };
     let domain = Box::leak(Box::new(ProtectionDomain {
-        // SAFETY: the device's own object, just made.
         app: ibv_pd {
             context: app,
-            handle: unsafe { (*hardware).handle },
+            handle,
         },
         context,
         hardware: AtomicPtr::new(hardware),

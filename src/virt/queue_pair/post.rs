@@ -3,6 +3,7 @@
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use rdma_core_sys::{
@@ -27,6 +28,8 @@ const HOLD: u32 = 1;
 const TRANSLATE: u32 = 2;
 /// Datagrams name our address handle, the hardware wants its own.
 const DATAGRAM: u32 = 4;
+/// The agent wants the lock. A thread that posts all the time would hardly ever leave it free.
+const WANTED: u32 = 8;
 
 /// Equals no key: keys have 32 bits.
 const NO_KEY: (u64, u32) = (u64::MAX, 0);
@@ -37,13 +40,14 @@ type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ib
 #[repr(C, align(64))]
 pub(super) struct SendQueue {
     lock: QueueLock,
+    /// Changed under the lock, but for [`WANTED`].
+    general: AtomicU32,
     state: UnsafeCell<State>,
 }
 
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct State {
-    general: u32,
     hardware: *mut ibv_qp,
     post: PostSend,
     pub(super) ring: SendRing,
@@ -71,16 +75,17 @@ pub unsafe fn post_send(
     request: *mut ibv_send_wr,
     bad: *mut *mut ibv_send_wr,
 ) -> c_int {
+    // SAFETY: as the caller vouches.
+    let pair = unsafe { QueuePair::of(app) };
     // SAFETY: as the caller vouches; `state` is only touched under the lock.
     unsafe {
-        let pair = QueuePair::of(app);
         let _guard = pair.send.lock.lock();
         let state = &mut *pair.send.state.get();
         let wr = &*request;
         let odd = wr.next.addr() as u64
             | u64::from((wr.num_sge ^ 1) as u32)
             | u64::from(wr.send_flags & IBV_SEND_INLINE)
-            | u64::from(state.general);
+            | u64::from(pair.send.general.load(Ordering::Relaxed));
         if odd == 0 && !state.ring.is_at_limit() && is_simple(wr) {
             let slot = state.ring.log_one(request);
             let mut refused = std::ptr::null_mut();
@@ -92,8 +97,9 @@ pub unsafe fn post_send(
             }
             return code;
         }
-        state.post_general(pair.context, request, bad)
     }
+    // SAFETY: as above.
+    unsafe { pair.send.post_general(pair.context, request, bad) }
 }
 
 /// `ibv_post_recv`.
@@ -123,17 +129,35 @@ unsafe extern "C" fn refuse(
     libc::EINVAL
 }
 
-impl State {
-    /// Chains, inline bytes, several elements, datagrams, translated and held requests, a ring at its limit.
+impl SendQueue {
     #[inline(never)]
     unsafe fn post_general(
+        &self,
+        context: &Context,
+        first: *mut ibv_send_wr,
+        bad: *mut *mut ibv_send_wr,
+    ) -> c_int {
+        while self.general.load(Ordering::Relaxed) & WANTED != 0 {
+            std::thread::yield_now();
+        }
+        let _guard = self.lock.lock();
+        let general = self.general.load(Ordering::Relaxed);
+        // SAFETY: the lock is held; the caller vouches for the chain.
+        unsafe { (*self.state.get()).post_general(general, context, first, bad) }
+    }
+}
+
+impl State {
+    /// Chains, inline bytes, several elements, datagrams, translated and held requests, a ring at its limit.
+    unsafe fn post_general(
         &mut self,
+        general: u32,
         context: &Context,
         first: *mut ibv_send_wr,
         bad: *mut *mut ibv_send_wr,
     ) -> c_int {
         // A whole chain goes down in one call where its entries can go down as they are.
-        let together = self.general == 0;
+        let together = general & !WANTED == 0;
         let psn_before = self.ring.raw_psn();
         let mut head: *mut SendSlot = std::ptr::null_mut();
         let mut tail: *mut SendSlot = std::ptr::null_mut();
@@ -142,7 +166,7 @@ impl State {
         // SAFETY: the caller vouches for the chain; entries are the ring's.
         unsafe {
             while !request.is_null() {
-                match self.log(request) {
+                match self.log(general, request) {
                     Ok(slot) if together => {
                         self.ring.commit(slot);
                         match tail.is_null() {
@@ -152,7 +176,7 @@ impl State {
                         tail = slot;
                     }
                     Ok(slot) => {
-                        if let Err(error) = self.post_or_hold(context, slot) {
+                        if let Err(error) = self.post_or_hold(general, context, slot) {
                             failed = Some((request, error));
                         }
                     }
@@ -176,8 +200,8 @@ impl State {
         }
     }
 
-    unsafe fn log(&mut self, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
-        if self.general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
+    unsafe fn log(&mut self, general: u32, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
+        if general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
             return Err(Errno::NO_MEMORY);
         }
         if self.ring.is_at_limit() {
@@ -219,15 +243,20 @@ impl State {
         }
     }
 
-    unsafe fn post_or_hold(&mut self, context: &Context, slot: *mut SendSlot) -> Verb<()> {
+    unsafe fn post_or_hold(
+        &mut self,
+        general: u32,
+        context: &Context,
+        slot: *mut SendSlot,
+    ) -> Verb<()> {
         // SAFETY: the entry was logged just now.
         unsafe {
-            if self.general & HOLD != 0 {
+            if general & HOLD != 0 {
                 if self.held_from.is_null() {
                     self.held_from = slot;
                 }
             } else {
-                self.post_slot(context, slot)?;
+                self.post_slot(general, context, slot)?;
             }
             self.ring.commit(slot);
         }
@@ -235,12 +264,17 @@ impl State {
     }
 
     /// Gives a copy of an entry to the hardware, in the hardware's terms. The log stays in the application's.
-    unsafe fn post_slot(&mut self, context: &Context, slot: *mut SendSlot) -> Verb<()> {
+    unsafe fn post_slot(
+        &mut self,
+        general: u32,
+        context: &Context,
+        slot: *mut SendSlot,
+    ) -> Verb<()> {
         // SAFETY: an entry of the ring, under the lock; `elements` has room for as many as an entry.
         unsafe {
             let mut copy = (*slot).wr;
             copy.next = std::ptr::null_mut();
-            if self.general & DATAGRAM != 0 {
+            if general & DATAGRAM != 0 {
                 let handle = AddressHandle::of(copy.wr.ud.ah);
                 copy.wr.ud.ah = handle.hardware();
                 copy.wr.ud.remote_qpn = handle.remote_qpn(copy.wr.ud.remote_qpn);
@@ -248,7 +282,7 @@ impl State {
                     return Err(Errno::INVALID);
                 }
             }
-            if self.general & TRANSLATE != 0 {
+            if general & TRANSLATE != 0 {
                 if copy.send_flags & IBV_SEND_INLINE == 0 {
                     for index in 0..copy.num_sge as usize {
                         let element = *copy.sg_list.add(index);
@@ -297,7 +331,6 @@ impl State {
 impl SendQueue {
     pub(super) fn new(kind: ibv_qp_type) -> Self {
         let state = State {
-            general: if kind == IBV_QPT_UD { DATAGRAM } else { 0 },
             hardware: std::ptr::null_mut(),
             post: refuse,
             ring: SendRing::default(),
@@ -311,6 +344,7 @@ impl SendQueue {
         };
         Self {
             lock: QueueLock::default(),
+            general: AtomicU32::new(if kind == IBV_QPT_UD { DATAGRAM } else { 0 }),
             state: UnsafeCell::new(state),
         }
     }
@@ -336,7 +370,7 @@ impl SendQueue {
                 ]
                 .into();
                 if process().translates() {
-                    state.general |= TRANSLATE;
+                    self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
                 }
             }
             Ok(())
@@ -375,14 +409,16 @@ impl SendQueue {
 
     /// Closes the gate of this queue: from here on requests are logged and held.
     pub(super) fn close(&self, limit: Instant) -> bool {
-        let Some(_guard) = self.lock.lock_before(limit) else {
-            return false;
-        };
-        // SAFETY: the lock is held.
-        let state = unsafe { &mut *self.state.get() };
-        state.general |= HOLD;
-        state.held_psn = state.ring.raw_psn();
-        true
+        self.general.fetch_or(WANTED, Ordering::Relaxed);
+        let guard = self.lock.lock_before(limit);
+        if guard.is_some() {
+            self.general.fetch_or(HOLD, Ordering::Relaxed);
+            // SAFETY: the lock is held.
+            let state = unsafe { &mut *self.state.get() };
+            state.held_psn = state.ring.raw_psn();
+        }
+        self.general.fetch_and(!WANTED, Ordering::Relaxed);
+        guard.is_some()
     }
 
     /// Opens it, after what was held went down.
@@ -391,25 +427,24 @@ impl SendQueue {
     /// The device refused a request that it would have taken; that one and those after it stay held.
     pub(super) fn open(&self, context: &Context) -> Verb<()> {
         self.with(|state| {
+            let general = self.general.fetch_and(!HOLD, Ordering::Relaxed) & !HOLD;
             let held = std::mem::replace(&mut state.held_from, std::ptr::null_mut());
             let mut waiting = state.ring.outstanding().skip_while(|slot| *slot != held);
             state.ring.continue_at(state.held_psn);
-            let result = waiting.try_for_each(|slot| {
+            waiting.try_for_each(|slot| {
                 // SAFETY: an entry of the ring that the hardware does not have.
                 unsafe {
                     state.ring.renumber(slot);
-                    state.post_slot(context, slot)
+                    state.post_slot(general, context, slot)
                 }
-            });
-            state.general &= !HOLD;
-            result
+            })
         })
     }
 
     /// From the first restart on, requests go down as translated copies.
     pub(super) fn translate(&self) {
         self.with(|state| {
-            state.general |= TRANSLATE;
+            self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
             (state.last_local, state.last_remote) = (NO_KEY, NO_KEY);
         });
     }
