@@ -40,8 +40,13 @@ pub(crate) fn examine() -> Vec<Obstacle> {
     // iWARP needs its connection manager to connect, so its queue pairs cannot be connected again.
     let devices = devices::list(&Sysfs::host()).unwrap_or_default();
     for name in process().contexts().into_iter().map(Context::hardware_name) {
-        if devices.iter().any(|device| device.name == name && device.node_type == NodeType::RNIC) {
-            say(format!("device {name} is iWARP, whose connections cannot be made again"));
+        if devices
+            .iter()
+            .any(|device| device.name == name && device.node_type == NodeType::RNIC)
+        {
+            say(format!(
+                "device {name} is iWARP, whose connections cannot be made again"
+            ));
         }
     }
     // The hardware's own mappings go with its contexts; a process that has no context must have none.

@@ -335,7 +335,10 @@ impl CompletionQueue {
         let guard = self.lock.lock();
         // SAFETY: the lock is held.
         let state = unsafe { &mut *self.state.get() };
-        Locked { _guard: guard, state }
+        Locked {
+            _guard: guard,
+            state,
+        }
     }
 
     /// The hardware's queue; null while released.

@@ -246,7 +246,6 @@ impl Context {
 
 #[cfg(test)]
 mod tests {
-    use kmod_compat::devices::NodeType;
     use kmod_compat::ports::{
         Gid, GidEntry, GidType, LinkLayer, PhysicalState, PortFacts, PortState,
     };
@@ -263,7 +262,6 @@ mod tests {
     }
 
     fn port(gids: Vec<GidEntry>) -> PortFacts {
-        let _ = NodeType::CHANNEL_ADAPTER;
         PortFacts {
             number: 1,
             state: PortState::ACTIVE,
@@ -284,12 +282,12 @@ mod tests {
     fn gids_are_matched_by_type_and_role_wherever_they_stand() {
         let then = port(vec![
             entry("fe80::1", GidType::RoceV2),
-            entry("::ffff:10.77.0.1", GidType::RoceV1),
+            entry("::ffff:10.77.0.1", GidType::InfinibandOrRoceV1),
             entry("::ffff:10.77.0.1", GidType::RoceV2),
         ]);
         let now = port(vec![
             entry("::ffff:10.99.0.1", GidType::RoceV2),
-            entry("::ffff:10.99.0.1", GidType::RoceV1),
+            entry("::ffff:10.99.0.1", GidType::InfinibandOrRoceV1),
             entry("fe80::9", GidType::RoceV2),
         ]);
         assert_eq!(map_port(&then, &now, 10).gid_indexes, [2, 1, 0]);
