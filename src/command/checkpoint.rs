@@ -10,6 +10,7 @@ use procfs::process::Process;
 use reverbs::control::message::ProcessStatus;
 use reverbs::control::socket::runtime_dir;
 
+use super::addresses;
 use super::cli::CheckpointOptions;
 use super::criu::{Criu, Dump, WorkFolder};
 use super::files::{Held, Volatility, carry, record, survey};
@@ -242,6 +243,7 @@ impl Checkpoint {
             },
             runtime_folder: self.runtime_folder.clone(),
             listening_ports: listening_ports(&held),
+            addresses: addresses::of_tree(&held),
             outside_pipes: self.findings.outside_pipes.clone(),
             carried: carry(&held, &mut volatility, &self.image.files_folder())?,
             written_files: record(&held, &mut volatility),

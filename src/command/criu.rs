@@ -322,7 +322,7 @@ impl WorkFolder {
     }
 }
 
-/// The last errors of a log, without times and source lines.
+/// The first errors of a log, which are the cause of the others, without times and source lines.
 fn errors_of(log: &str) -> Vec<String> {
     const MOST: usize = 3;
     let mut errors: Vec<String> = log
@@ -335,7 +335,8 @@ fn errors_of(log: &str) -> Vec<String> {
         .filter(|text| !text.ends_with("FAILED."))
         .collect();
     errors.dedup();
-    errors.split_off(errors.len().saturating_sub(MOST))
+    errors.truncate(MOST);
+    errors
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What the `reverbs` command does, one module for each subcommand, over `job` (processes, agents, phases), `image`
 //! (what a checkpoint leaves on disk), `files` (what CRIU does not carry) and `criu`.
 
+mod addresses;
 mod checkpoint;
 mod cli;
 mod criu;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use reverbs::control::socket::{agent_socket, runtime_dir};
 
+use super::addresses::ForeignBinds;
 use super::cli::RestartOptions;
 use super::criu::{Criu, RestoreFailure, WorkFolder};
 use super::files::{cut_back, put_back};
@@ -52,6 +53,7 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     let _lock = JobLock::take(&runtime_folder, manifest.root)?;
     let interrupt = Interrupt::install()?;
     wait_for_ids(&manifest.ids())?;
+    let foreign_binds = ForeignBinds::allow(&manifest.addresses, &progress)?;
 
     let began = Instant::now();
     cut_back(
@@ -83,6 +85,7 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .context("cannot become the parent of the restored job")?;
     let copiers = restore(&criu, &image, &work, options)?;
+    drop(foreign_binds);
     progress.phase(
         "restore",
         began,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use reverbs::control::message::ProcessStatus;
 
+use crate::command::addresses::BoundAddress;
 use crate::command::files::{Carried, WrittenFile};
 use crate::command::progress::PhaseTime;
 
@@ -43,6 +44,8 @@ pub(crate) struct Manifest {
     pub(crate) runtime_folder: PathBuf,
     /// Ports that processes listen on: nothing else may hold them at a restart.
     pub(crate) listening_ports: Vec<u16>,
+    /// Addresses of the host that sockets are bound to.
+    pub(crate) addresses: Vec<BoundAddress>,
     pub(crate) outside_pipes: Vec<OutsidePipe>,
     pub(crate) carried: Vec<Carried>,
     pub(crate) written_files: Vec<WrittenFile>,

@@ -194,6 +194,7 @@ mod tests {
             },
             runtime_folder: PathBuf::new(),
             listening_ports: vec![],
+            addresses: vec![],
             outside_pipes: vec![],
             carried: vec![],
             written_files: vec![],

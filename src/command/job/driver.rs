@@ -396,8 +396,10 @@ impl<'a, A: Agents> Driver<'a, A> {
         let began = Instant::now();
         let mut targets = self.claimed_only();
         targets.extend(self.in_phases(&[Phase::Closed, Phase::Connected]));
-        self.put(&targets, &Request::Resume)?;
-        self.say("resume", began, targets.len());
+        if !targets.is_empty() {
+            self.put(&targets, &Request::Resume)?;
+            self.say("resume", began, targets.len());
+        }
         Ok(())
     }
 
