@@ -1,6 +1,7 @@
 //! Ports as the application first saw them, beside the ports there are now.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use kmod_compat::ports::{DeviceFacts, GidEntry, PortFacts, read_device};
 use kmod_compat::sysfs::Sysfs;
@@ -36,9 +37,18 @@ impl PortMap {
     }
 }
 
+/// Where facts are read; the host's own sysfs if nobody said otherwise.
+static FACTS: OnceLock<Sysfs> = OnceLock::new();
+
+/// Reads what there is to know of devices in `tree`, laid out like `/sys`: for devices below that the kernel does not know.
+/// Once in a process, before the first checkpoint; a later call changes nothing.
+pub fn read_facts_in(tree: Sysfs) {
+    let _ = FACTS.set(tree);
+}
+
 /// What the kernel says of a device.
 pub(crate) fn facts(name: &str) -> Verb<DeviceFacts> {
-    read_device(&Sysfs::host(), name).map_err(|error| {
+    read_device(FACTS.get_or_init(Sysfs::host), name).map_err(|error| {
         tracing::error!(device = name, %error, "cannot read what the kernel says of the device");
         Errno::NO_DEVICE
     })
