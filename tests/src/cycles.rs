@@ -15,7 +15,7 @@ use crate::case::{Action, Case, Job, Needs};
 use crate::hardware::{Numbers, packets_sent};
 use crate::process::{self, Running};
 use crate::setup::Deadline;
-use crate::{evidence, mpi, own_programs, tree};
+use crate::{evidence, mpi, own_programs};
 
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(900);
@@ -166,9 +166,7 @@ fn cycle(root: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
 
 fn once(root: &mut Running, job: &Job<'_>) -> Result<()> {
     let device = &job.setup.device;
-    let mut pids = tree::descendants(root.pid());
-    pids.push(root.pid());
-    let before = Numbers::of(&pids)?;
+    let before = Numbers::on(device)?;
     let mut command = job.setup.reverbs()?;
     command.arg("cycle").arg(root.pid().to_string());
     process::run(
@@ -177,7 +175,7 @@ fn once(root: &mut Running, job: &Job<'_>) -> Result<()> {
         "cycle",
         job.deadline.at_most(CYCLE_LIMIT),
     )?;
-    let after = Numbers::of(&pids)?;
+    let after = Numbers::on(device)?;
     after.check_all_new(&before)?;
     let sent = packets_sent(device)?;
     root.wait_until(

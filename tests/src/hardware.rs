@@ -7,29 +7,36 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-/// The numbers of all objects that some processes hold.
+/// The numbers of all objects that programs hold on a device.
+///
+/// The kernel lists an object under the *thread* that made it, and under nobody once that thread
+/// has ended, so they are not told apart by process: only one job at a time uses the device here.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Numbers {
-    /// Process and queue pair number.
-    pub queue_pairs: BTreeSet<(u64, u64)>,
-    /// Process and local key.
-    pub keys: BTreeSet<(u64, u64)>,
+    pub queue_pairs: BTreeSet<u64>,
+    /// Local keys.
+    pub keys: BTreeSet<u64>,
 }
 
 impl Numbers {
-    /// What the kernel lists for these processes (`rdma resource show`).
+    /// What the kernel lists for this device (`rdma resource show`).
     ///
     /// # Errors
     /// When it cannot be asked.
-    pub fn of(pids: &[u32]) -> Result<Self> {
-        let ours = |object: &Value| object["pid"].as_u64().filter(|pid| is_among(*pid, pids));
+    pub fn on(device: &str) -> Result<Self> {
+        let is_there = |object: &&Value| object["ifname"] == device;
+        // The kernel has queue pairs of its own.
+        let is_of_program = |object: &&Value| object["type"] != "GSI" && object["type"] != "SMI";
         let queue_pairs = list("qp")?
             .iter()
-            .filter_map(|object| Some((ours(object)?, object["lqpn"].as_u64()?)))
+            .filter(is_there)
+            .filter(is_of_program)
+            .filter_map(|object| object["lqpn"].as_u64())
             .collect();
         let keys = list("mr")?
             .iter()
-            .filter_map(|object| Some((ours(object)?, hexadecimal(object["lkey"].as_str()?)?)))
+            .filter(is_there)
+            .filter_map(|object| hexadecimal(object["lkey"].as_str()?))
             .collect();
         Ok(Self { queue_pairs, keys })
     }
@@ -44,11 +51,7 @@ impl Numbers {
     }
 }
 
-fn check_disjoint(
-    what: &str,
-    now: &BTreeSet<(u64, u64)>,
-    earlier: &BTreeSet<(u64, u64)>,
-) -> Result<()> {
+fn check_disjoint(what: &str, now: &BTreeSet<u64>, earlier: &BTreeSet<u64>) -> Result<()> {
     ensure!(
         !now.is_empty(),
         "the hardware has no {what} of the job at all"
@@ -59,14 +62,10 @@ fn check_disjoint(
         now.len(),
         earlier.len()
     );
-    if let Some((pid, number)) = now.intersection(earlier).next() {
-        anyhow::bail!("the hardware's {what} 0x{number:x} of process {pid} has not changed");
+    if let Some(number) = now.intersection(earlier).next() {
+        anyhow::bail!("the hardware's {what} 0x{number:x} has not changed");
     }
     Ok(())
-}
-
-fn is_among(pid: u64, pids: &[u32]) -> bool {
-    pids.iter().any(|one| u64::from(*one) == pid)
 }
 
 fn list(kind: &str) -> Result<Vec<Value>> {
@@ -104,8 +103,8 @@ pub fn packets_sent(device: &str) -> Result<u64> {
 mod tests {
     use super::*;
 
-    fn numbers(pairs: &[(u64, u64)], keys: &[(u64, u64)]) -> Numbers {
-        let set = |list: &[(u64, u64)]| list.iter().copied().collect();
+    fn numbers(pairs: &[u64], keys: &[u64]) -> Numbers {
+        let set = |list: &[u64]| list.iter().copied().collect();
         Numbers {
             queue_pairs: set(pairs),
             keys: set(keys),
@@ -114,19 +113,15 @@ mod tests {
 
     #[test]
     fn a_number_that_stays_is_found() {
-        let earlier = numbers(&[(1, 17), (2, 18)], &[(1, 5)]);
-        numbers(&[(1, 19), (2, 20)], &[(1, 6)])
-            .check_all_new(&earlier)
-            .unwrap();
-        numbers(&[(1, 17), (2, 20)], &[(1, 6)])
+        let earlier = numbers(&[17, 18], &[5]);
+        numbers(&[19, 20], &[6]).check_all_new(&earlier).unwrap();
+        numbers(&[17, 20], &[6])
             .check_all_new(&earlier)
             .unwrap_err();
-        numbers(&[(1, 19), (2, 20)], &[(1, 5)])
+        numbers(&[19, 20], &[5])
             .check_all_new(&earlier)
             .unwrap_err();
-        numbers(&[(1, 19)], &[(1, 6)])
-            .check_all_new(&earlier)
-            .unwrap_err();
+        numbers(&[19], &[6]).check_all_new(&earlier).unwrap_err();
         numbers(&[], &[]).check_all_new(&earlier).unwrap_err();
     }
 }
