@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 
 use rdma_core_sys::{
     ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device,
-    ibv_device_attr_ex, ibv_gid, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr,
+    ibv_device_attr_ex, ibv_gid_entry, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr,
     ibv_qp_init_attr, ibv_query_device_ex_input, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
     verbs_context,
 };
@@ -68,7 +68,8 @@ table! {
     ibv_close_device(context: *mut ibv_context) -> c_int;
     ibv_get_async_event(context: *mut ibv_context, event: *mut ibv_async_event) -> c_int;
     ibv_ack_async_event(event: *mut ibv_async_event);
-    ibv_query_gid(context: *mut ibv_context, port: u8, index: c_int, gid: *mut ibv_gid) -> c_int;
+    _ibv_query_gid_table(context: *mut ibv_context, entries: *mut ibv_gid_entry, room: usize, flags: u32,
+        entry_size: usize) -> isize;
     ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd;
     ibv_dealloc_pd(pd: *mut ibv_pd) -> c_int;
     ibv_reg_mr_iova2(pd: *mut ibv_pd, addr: *mut c_void, length: usize, iova: u64, access: u32) -> *mut ibv_mr;
@@ -222,4 +223,28 @@ pub unsafe fn query_port(
 pub unsafe fn command_fd(context: *mut ibv_context) -> RawFd {
     // SAFETY: as the caller vouches.
     unsafe { (*context).cmd_fd }
+}
+
+impl Verbs {
+    /// The GIDs there are on all ports of a device (`ibv_query_gid_table`).
+    ///
+    /// # Safety
+    /// `context` must be open.
+    ///
+    /// # Errors
+    /// What the device answers.
+    pub unsafe fn gid_table(&self, context: *mut ibv_context) -> Verb<Vec<ibv_gid_entry>> {
+        /// More than any device has on all its ports together (rxe: 1,024 on one).
+        const ROOM: usize = 8192;
+        let mut entries = Vec::<ibv_gid_entry>::with_capacity(ROOM);
+        // SAFETY: as the caller vouches; there is room for as many entries as is said, and as many as are answered are
+        // initialized.
+        unsafe {
+            let size = size_of::<ibv_gid_entry>();
+            let count = (self._ibv_query_gid_table)(context, entries.as_mut_ptr(), ROOM, 0, size);
+            let count = usize::try_from(count).map_err(|_| Errno(count.unsigned_abs() as i32))?;
+            entries.set_len(count);
+        }
+        Ok(entries)
+    }
 }

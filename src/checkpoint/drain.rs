@@ -127,18 +127,13 @@ fn is_at(port: &PortAddress, address: Address) -> bool {
 
 /// A port's address in the application's terms.
 fn address(context: &Context, port: u8) -> Phase<PortAddress> {
-    let mut first_seen = crate::virt::process::lock(&context.first_seen);
-    if first_seen.is_none() {
-        let name = context.hardware_name();
-        *first_seen = Some(ports::facts(&name).map_err(|error| format!("device {name}: {error}"))?);
-    }
-    let port_facts = first_seen.as_ref().and_then(|facts| {
-        facts
-            .ports
-            .iter()
-            .find(|known| known.number == u32::from(port))
-    });
-    port_facts
+    let facts = ports::first_seen(context)
+        .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
+    let known = facts
+        .ports
+        .iter()
+        .find(|known| known.number == u32::from(port));
+    known
         .map(ports::port_address)
         .ok_or_else(|| format!("device {} has no port {port}", context.name()))
 }

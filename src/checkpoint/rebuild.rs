@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kmod_compat::ports::DeviceFacts;
 use kmod_compat::substitute::substitute;
-use rdma_core_sys::ibv_port_attr;
+use kmod_compat::sysfs_tree;
 
 use super::Phase;
 use super::release::Let;
@@ -58,13 +58,13 @@ fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()>
         .open(&cname)
         .map_err(|error| format!("cannot open device {name}: {error}"))?;
     context.set_hardware(hardware);
+    let same_device = context.hardware_name() == name;
     context.set_hardware_name(&cname);
-    let now = ports::facts(&name).map_err(|error| format!("device {name}: {error}"))?;
     let first_seen = lock(&context.first_seen)
         .clone()
         .ok_or("the device was never let go of")?;
-    map_ports(context, &first_seen, &now)?;
-    lead_queries(context, &first_seen)?;
+    map_ports(context, &first_seen)?;
+    lead_queries(context, &first_seen, same_device)?;
     // SAFETY: both contexts are open.
     unsafe { replace_command_file((*context.app()).cmd_fd, device::command_fd(hardware)) }
         .map_err(|error| format!("command file of {name}: {error}"))
@@ -110,35 +110,33 @@ fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
     })
 }
 
-fn map_ports(context: &Context, first_seen: &DeviceFacts, now: &DeviceFacts) -> Phase<()> {
-    let mut maps = Vec::new();
-    for then in &first_seen.ports {
-        let Some(port) = now.ports.iter().find(|port| port.number == then.number) else {
-            return Err(format!("device {} has no port {}", now.name, then.number));
-        };
-        // SAFETY: zero is valid; the context is open.
-        let mtu = unsafe {
-            let mut attr: ibv_port_attr = std::mem::zeroed();
-            device::query_port(context.hardware(), then.number as u8, &raw mut attr)
-                .map_err(|error| format!("port {} of {}: {error}", then.number, now.name))?;
-            // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
-            attr.active_mtu as u8 + 7
-        };
-        maps.push(ports::map_port(then, port, mtu));
-    }
-    *lock(&context.ports) = maps;
+fn map_ports(context: &Context, first_seen: &DeviceFacts) -> Phase<()> {
+    let name = context.hardware_name();
+    let numbers: Vec<u8> = first_seen
+        .ports
+        .iter()
+        .map(|port| port.number as u8)
+        .collect();
+    let now = ports::ports_now(context, &numbers)
+        .map_err(|error| format!("ports of device {name}: {error}"))?;
+    let maps = first_seen
+        .ports
+        .iter()
+        .zip(&now)
+        .map(|(then, now)| ports::map_port(then, now));
+    *lock(&context.ports) = maps.collect();
     Ok(())
 }
 
 /// What libibverbs answers past the provider comes from a tree of the device as first seen.
-fn lead_queries(context: &Context, first_seen: &DeviceFacts) -> Phase<()> {
+fn lead_queries(context: &Context, first_seen: &DeviceFacts, same_device: bool) -> Phase<()> {
     let folder = context.tree_folder().map_err(|error| error.to_string())?;
-    let tree = kmod_compat::sysfs_tree::write(
-        &folder,
-        first_seen,
-        kmod_compat::sysfs_tree::host_has_interface,
-    )
-    .map_err(|error| error.to_string())?;
+    let mut tree = folder.join(&first_seen.name);
+    // The interfaces that the tree may name depend on the host.
+    if !(same_device && tree.exists()) {
+        tree = sysfs_tree::write(&folder, first_seen, sysfs_tree::host_has_interface)
+            .map_err(|error| error.to_string())?;
+    }
     // SAFETY: the application's context is open, and its command file is still the stand-in.
     unsafe { (context.lead_queries)(context.app(), &tree) }
         .map_err(|error| format!("queries past the provider: {error}"))

@@ -12,7 +12,7 @@ use crate::errno::Verb;
 use crate::virt::channel::Channel;
 use crate::virt::context::{Context, replace_command_file};
 use crate::virt::ports;
-use crate::virt::process::{lock, process};
+use crate::virt::process::process;
 
 /// What has to be put back at the rebuild besides verbs objects.
 #[derive(Debug, Default)]
@@ -27,7 +27,8 @@ pub(crate) fn release() -> Phase<Let> {
     // No event may be on its way while what it names goes.
     let _events = process().events();
     for context in process().contexts() {
-        note_first_seen(context)?;
+        ports::first_seen(context)
+            .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
         release_objects(context)
             .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
     }
@@ -94,16 +95,6 @@ fn silent_file() -> Phase<OwnedFd> {
         // SAFETY: just made, and nobody else's.
         fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
-}
-
-/// The application goes on seeing the device as it first saw it.
-fn note_first_seen(context: &Context) -> Phase<()> {
-    let mut first_seen = lock(&context.first_seen);
-    if first_seen.is_none() {
-        let name = context.hardware_name();
-        *first_seen = Some(ports::facts(&name).map_err(|error| format!("device {name}: {error}"))?);
-    }
-    Ok(())
 }
 
 /// Users before what they use.

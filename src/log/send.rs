@@ -223,10 +223,11 @@ impl SendRing {
             }
             let slot = self.cursor;
             copy_request(wr, slot);
-            let from = std::slice::from_raw_parts(
-                (*wr).sg_list,
-                if count == 0 { 0 } else { count as usize },
-            );
+            let from: &[ibv_sge] = match count {
+                // The list of a request without elements may be null.
+                0 => &[],
+                count => std::slice::from_raw_parts((*wr).sg_list, count as usize),
+            };
             let length = from
                 .iter()
                 .fold(0_u32, |sum, sge| sum.saturating_add(sge.length));
@@ -236,7 +237,7 @@ impl SendRing {
                 }
                 self.copy_inline(from, slot);
             } else {
-                ptr::copy_nonoverlapping((*wr).sg_list, (*slot).wr.sg_list, count as usize);
+                ptr::copy_nonoverlapping(from.as_ptr(), (*slot).wr.sg_list, from.len());
             }
             (*slot).psn_after = self.psn.wrapping_add(self.packets(length));
             Ok(slot)

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::os::fd::RawFd;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex};
 
 use kmod_compat::ports::DeviceFacts;
 use rdma_core_sys::{ibv_context, ibv_device_attr_ex, ibv_port_attr, ibv_query_device_ex_input};
@@ -42,7 +42,7 @@ pub struct Context {
     /// Remote keys published at the last restart. Peers keep them until the next, so none is given out again before.
     pub(crate) reserved_rkeys: Mutex<HashSet<VirtualKey>>,
     /// The device as the application first saw it; noted when it is first let go of.
-    pub(crate) first_seen: Mutex<Option<DeviceFacts>>,
+    pub(crate) first_seen: Mutex<Option<Arc<DeviceFacts>>>,
     /// Ports as first seen beside as they are now; empty before the first restart.
     pub(crate) ports: Mutex<Vec<PortMap>>,
     /// Where queue pairs whose peer is gone are parked.

@@ -1,14 +1,16 @@
 //! Ports as the application first saw them, beside the ports there are now.
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use kmod_compat::ports::{DeviceFacts, GidEntry, PortFacts, read_device};
+use kmod_compat::ports::{DeviceFacts, Gid, GidEntry, GidType, PortFacts, read_device};
 use kmod_compat::sysfs::Sysfs;
-use rdma_core_sys::{IBV_QPT_RC, ibv_ah_attr, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr};
+use rdma_core_sys::{
+    IBV_GID_TYPE_ROCE_V2, IBV_QPT_RC, ibv_ah_attr, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr,
+};
 
 use super::context::Context;
-use super::process::lock;
+use super::process::{lock, process};
 use crate::control::message::{PortAddress, PortNumbers};
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, VirtualGid, VirtualLid};
@@ -46,12 +48,92 @@ pub fn read_facts_in(tree: Sysfs) {
     let _ = FACTS.set(tree);
 }
 
+/// A port of the device below, as it is now.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PortNow {
+    pub(crate) lid: u16,
+    /// log2 of the largest path MTU in bytes.
+    pub(crate) mtu: u8,
+    /// By index; entries that are not there are zero.
+    pub(crate) gids: Vec<GidEntry>,
+}
+
+/// Asks the device below for its ports. The kernel's files would tell the same, a thousand times slower.
+pub(crate) fn ports_now(context: &Context, ports: &[u8]) -> Verb<Vec<PortNow>> {
+    // SAFETY: the gate is closed and the hardware there; zero is valid for the attributes.
+    let table = unsafe { context.verbs.gid_table(context.hardware())? };
+    let port_now = |number: &u8| {
+        // SAFETY: as above.
+        let attr = unsafe {
+            let mut attr = std::mem::zeroed();
+            crate::device::query_port(context.hardware(), *number, &raw mut attr)?;
+            attr
+        };
+        let mut gids = Vec::new();
+        for entry in table
+            .iter()
+            .filter(|entry| entry.port_num == u32::from(*number))
+        {
+            let index = entry.gid_index as usize;
+            if gids.len() <= index {
+                gids.resize(
+                    index + 1,
+                    GidEntry {
+                        gid: Gid([0; 16]),
+                        gid_type: None,
+                        network_interface: None,
+                    },
+                );
+            }
+            let roce_v2 = entry.gid_type == IBV_GID_TYPE_ROCE_V2;
+            let gid_type = if roce_v2 {
+                GidType::RoceV2
+            } else {
+                GidType::InfinibandOrRoceV1
+            };
+            // SAFETY: both views of a GID are plain bytes.
+            let gid = Gid(unsafe { entry.gid.raw });
+            gids[index] = GidEntry {
+                gid,
+                gid_type: Some(gid_type),
+                network_interface: None,
+            };
+        }
+        // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
+        Ok(PortNow {
+            lid: attr.lid,
+            mtu: attr.active_mtu as u8 + 7,
+            gids,
+        })
+    };
+    ports.iter().map(port_now).collect()
+}
+
 /// What the kernel says of a device.
 pub(crate) fn facts(name: &str) -> Verb<DeviceFacts> {
     read_device(FACTS.get_or_init(Sysfs::host), name).map_err(|error| {
         tracing::error!(device = name, %error, "cannot read what the kernel says of the device");
         Errno::NO_DEVICE
     })
+}
+
+/// The device as the application first saw it; noted now if it was never noted. The application goes on seeing this.
+pub(crate) fn first_seen(context: &Context) -> Verb<Arc<DeviceFacts>> {
+    if let Some(facts) = &*lock(&context.first_seen) {
+        return Ok(Arc::clone(facts));
+    }
+    // Reading a large GID table takes long: another context on the same device may have done it.
+    let name = context.hardware_name();
+    let known = process().contexts().into_iter().find_map(|other| {
+        let facts = lock(&other.first_seen).clone()?;
+        (facts.name == name && other.hardware_name() == name).then_some(facts)
+    });
+    let facts = match known {
+        Some(facts) => facts,
+        None => Arc::new(facts(&name)?),
+    };
+    *lock(&context.first_seen) = Some(Arc::clone(&facts));
+    Ok(facts)
 }
 
 /// The addresses of a port in the application's terms.
@@ -69,7 +151,7 @@ pub(crate) fn port_address(facts: &PortFacts) -> PortAddress {
 }
 
 /// Matches a port with the one that stands for it: each GID with one of the same type and role.
-pub(crate) fn map_port(then: &PortFacts, now: &PortFacts, mtu: u8) -> PortMap {
+pub(crate) fn map_port(then: &PortFacts, now: &PortNow) -> PortMap {
     let mut gids = Vec::new();
     let mut gid_indexes = vec![0; then.gids.len()];
     for (index, entry) in then
@@ -94,13 +176,13 @@ pub(crate) fn map_port(then: &PortFacts, now: &PortFacts, mtu: u8) -> PortMap {
     PortMap {
         numbers: PortNumbers {
             port: then.number as u8,
-            lid: (VirtualLid(then.lid as u16), HardwareLid(now.lid as u16)),
+            lid: (VirtualLid(then.lid as u16), HardwareLid(now.lid)),
             gids,
         },
         table_length: i32::try_from(then.gids.len()).unwrap_or(i32::MAX),
         gid_indexes,
         gids_now: now.gids.iter().map(|entry| entry.gid.0).collect(),
-        mtu,
+        mtu: now.mtu,
     }
 }
 
@@ -260,7 +342,15 @@ mod tests {
         Gid, GidEntry, GidType, LinkLayer, PhysicalState, PortFacts, PortState,
     };
 
-    use super::map_port;
+    use super::{PortNow, map_port};
+
+    fn now(port: PortFacts) -> PortNow {
+        PortNow {
+            lid: 0,
+            mtu: 10,
+            gids: port.gids,
+        }
+    }
 
     fn entry(text: &str, gid_type: GidType) -> GidEntry {
         let address: std::net::Ipv6Addr = text.parse().unwrap();
@@ -295,12 +385,12 @@ mod tests {
             entry("::ffff:10.77.0.1", GidType::InfinibandOrRoceV1),
             entry("::ffff:10.77.0.1", GidType::RoceV2),
         ]);
-        let now = port(vec![
+        let here = port(vec![
             entry("::ffff:10.99.0.1", GidType::RoceV2),
             entry("::ffff:10.99.0.1", GidType::InfinibandOrRoceV1),
             entry("fe80::9", GidType::RoceV2),
         ]);
-        assert_eq!(map_port(&then, &now, 10).gid_indexes, [2, 1, 0]);
+        assert_eq!(map_port(&then, &now(here)).gid_indexes, [2, 1, 0]);
     }
 
     #[test]
@@ -311,7 +401,7 @@ mod tests {
         ];
         let swapped = vec![table[1].clone(), table[0].clone()];
         assert_eq!(
-            map_port(&port(table), &port(swapped), 10).gid_indexes,
+            map_port(&port(table), &now(port(swapped))).gid_indexes,
             [1, 0]
         );
     }
