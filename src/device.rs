@@ -234,8 +234,8 @@ impl Verbs {
     /// # Errors
     /// What the device answers.
     pub unsafe fn gid_table(&self, context: *mut ibv_context) -> Verb<Vec<ibv_gid_entry>> {
-        /// More than any device has on all its ports together (rxe: 1,024 on one).
-        const ROOM: usize = 8192;
+        /// The most the kernel takes: the length of an ioctl's attribute has 16 bits. rxe has 1,024 on its one port.
+        const ROOM: usize = u16::MAX as usize / size_of::<ibv_gid_entry>();
         let mut entries = Vec::<ibv_gid_entry>::with_capacity(ROOM);
         // SAFETY: as the caller vouches; there is room for as many entries as is said, and as many as are answered are
         // initialized.

@@ -81,6 +81,7 @@ pub(crate) fn reopen() -> Phase<()> {
 
 /// After a rebuild: notifications are asked for again, then the gates open.
 pub(crate) fn resume() -> Phase<()> {
+    let events = process().events();
     for context in process().contexts() {
         let objects = context.objects();
         for (_, queue) in &objects.completion_queues {
@@ -88,5 +89,6 @@ pub(crate) fn resume() -> Phase<()> {
             unsafe { queue.get().resume() };
         }
     }
+    drop(events);
     reopen()
 }

@@ -25,6 +25,8 @@ const SILENCE: Duration = Duration::from_millis(3);
 pub(crate) struct Stopped {
     /// Queue pairs that we moved to the error state, by address.
     pairs: HashSet<usize>,
+    /// And by the hardware's number, for receives of shared queues.
+    numbers: HashSet<u32>,
     /// Requests that came back flushed because of it, by the `wr_id` they went down with.
     flushed: HashSet<u64>,
 }
@@ -60,6 +62,9 @@ pub(crate) fn stop(limit: Duration) -> Phase<Stopped> {
         let moving = [IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
         if moving && pair.outstanding() > 0 {
             stopped.pairs.insert(std::ptr::from_ref(pair).addr());
+            stopped
+                .numbers
+                .extend(pair.hardware_number().map(|number| number.0));
             pair.move_to_error().map_err(|error| fail("stop", error))?;
         }
         Ok(())
@@ -142,13 +147,19 @@ fn poll_until_silent(stopped: &mut Stopped, limit: Duration) {
     let until = Instant::now() + limit;
     let mut silent_since = Instant::now();
     while silent_since.elapsed() < SILENCE && Instant::now() < until {
-        let Stopped { pairs, flushed } = stopped;
+        let Stopped {
+            pairs,
+            numbers,
+            flushed,
+        } = stopped;
         let found = poll_all(Fire::Ours, |completion| {
             // SAFETY: a completion of ours, whose entry is not retired yet.
             let head = unsafe { SlotHead::of(completion.wr_id) };
-            let ours = is_flushed(completion)
-                && head.owner.addr() & SHARED == 0
-                && pairs.contains(&head.owner.addr());
+            let stopped_by_us = match head.owner.addr() & SHARED {
+                0 => pairs.contains(&head.owner.addr()),
+                _ => numbers.contains(&completion.qp_num),
+            };
+            let ours = is_flushed(completion) && stopped_by_us;
             if ours {
                 flushed.insert(completion.wr_id);
             }

@@ -263,8 +263,6 @@ pub(crate) fn connect(job: &[ProcessNumbers]) -> Phase<Vec<String>> {
 /// Fills the tables of what is local: keys, and numbers that completions name.
 fn learn_own_numbers(context: &Context) {
     let objects = context.objects();
-    let mut reserved = lock(&context.reserved_rkeys);
-    reserved.clear();
     // SAFETY: the gate is closed, so nothing is destroyed.
     unsafe {
         for (_, region) in &objects.regions {
@@ -273,7 +271,6 @@ fn learn_own_numbers(context: &Context) {
                 Some((lkey, _)) => context.lkeys.insert(region.lkey().0, lkey.0),
                 None => context.lkeys.remove(region.lkey().0),
             }
-            reserved.insert(region.rkey());
         }
         let back: KeyTable = objects
             .queue_pairs

@@ -37,6 +37,7 @@ pub struct Directory {
     lids_back: HashMap<HardwareLid, VirtualLid>,
     peers: HashMap<(Address, VirtualQpn), Peer>,
     qpns: HashMap<Address, Arc<KeyTable>>,
+    keys: HashMap<Address, Arc<KeyTable>>,
     qpns_back: HashMap<(Address, HardwareQpn), VirtualQpn>,
 }
 
@@ -64,6 +65,11 @@ impl Directory {
                 let gids = port.gids.iter().map(|(old, _)| Address::Gid(*old));
                 let lid = (port.lid.0.0 != 0).then_some(Address::Lid(port.lid.0));
                 for address in gids.chain(lid) {
+                    let all = directory.keys.entry(address).or_default();
+                    context
+                        .rkeys
+                        .iter()
+                        .for_each(|(old, new)| all.insert(old.0, new.0));
                     let qpns = directory.qpns.entry(address).or_default();
                     for pair in context
                         .queue_pairs
@@ -133,12 +139,20 @@ impl Directory {
             .unwrap_or(VirtualQpn(qpn.0))
     }
 
-    /// Virtual numbers in use at an address, which nothing new there may have.
-    pub fn taken_at(&self, address: Address) -> impl Iterator<Item = VirtualQpn> + '_ {
-        self.peers
-            .keys()
-            .filter(move |(at, _)| *at == address)
-            .map(|(_, qpn)| *qpn)
+    /// Remote keys of all processes on the device at an address: what a queue pair that is younger than the restart may be
+    /// given for memory that is older. One device hands out a key once, and none of these is handed out again
+    /// before the next restart.
+    #[must_use]
+    pub fn keys_at(&self, address: Address) -> Option<Arc<KeyTable>> {
+        self.keys.get(&address).cloned()
+    }
+
+    /// Is a remote key one that the job knows at an address?
+    #[must_use]
+    pub fn has_key_at(&self, address: Address, key: VirtualKey) -> bool {
+        self.keys
+            .get(&address)
+            .is_some_and(|keys| keys.get(key.0).is_some())
     }
 
     /// Virtual remote keys do not come from here: [`Peer::keys`].

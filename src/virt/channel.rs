@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -16,6 +16,9 @@ use super::context::Context;
 use super::process::{lock, process};
 use crate::device::Verbs;
 use crate::errno::{Errno, Verb};
+
+/// What a pipe holds at most (`pipe(7)`: 16 pages).
+const PIPE_BYTES: usize = 65_536;
 
 /// A pipe of records of a fixed size.
 #[derive(Debug)]
@@ -86,25 +89,32 @@ impl EventPipe {
         if inode(fd) != Ok(self.inode) {
             return 0;
         }
-        let mut keep = Vec::new();
-        let mut purged = 0;
-        let mut record = vec![0; self.record];
-        while unread(fd) >= self.record {
-            // SAFETY: `record` has room for that many bytes.
-            let got = unsafe { libc::read(fd, record.as_mut_ptr().cast(), self.record) };
-            if usize::try_from(got) != Ok(self.record) {
-                break;
-            }
-            if matches(&record) {
-                purged += 1
-            } else {
-                keep.extend_from_slice(&record)
-            }
+        // A thread of the application may be reading too, and a read must not block: splice never does.
+        let Ok((mut taken, aside)) = std::io::pipe() else {
+            return 0;
+        };
+        // SAFETY: moves bytes between two pipes; no memory is involved.
+        let moved = unsafe {
+            libc::splice(
+                fd,
+                std::ptr::null_mut(),
+                aside.as_raw_fd(),
+                std::ptr::null_mut(),
+                PIPE_BYTES,
+                libc::SPLICE_F_NONBLOCK,
+            )
+        };
+        let mut records = vec![0; usize::try_from(moved).unwrap_or(0)];
+        if std::io::Read::read_exact(&mut taken, &mut records).is_err() {
+            return 0;
         }
-        for record in keep.chunks_exact(self.record) {
+        let (purged, kept): (Vec<&[u8]>, Vec<&[u8]>) = records
+            .chunks_exact(self.record)
+            .partition(|record| matches(record));
+        for record in kept {
             self.write(record);
         }
-        purged
+        purged.len() as u32
     }
 
     /// The reader will find the end of the file.
@@ -245,17 +255,5 @@ fn inode(fd: RawFd) -> Verb<Inode> {
             0 => Ok(Inode(stat.st_dev, stat.st_ino)),
             _ => Err(Errno::last()),
         }
-    }
-}
-
-/// Bytes that wait in a pipe.
-fn unread(fd: RawFd) -> usize {
-    let mut bytes = 0;
-    // SAFETY: FIONREAD writes one int.
-    let answer = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut bytes) };
-    if answer == 0 {
-        usize::try_from(bytes).unwrap_or(0)
-    } else {
-        0
     }
 }

@@ -507,13 +507,20 @@ impl CompletionQueue {
     }
 
     /// After a restart: numbers may differ, and a notification that was asked for and not given is asked for again.
+    /// The caller holds `Process::events`.
     pub(crate) fn resume(&self) {
         let mut state = self.lock();
         self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
-        if state.arms > state.events {
-            state.events = state.arms - 1;
-            // SAFETY: rebuilt, so the hardware is there.
-            unsafe { arm(&state) };
+        if state.arms <= state.events {
+            return;
+        }
+        state.events = state.arms - 1;
+        // SAFETY: rebuilt, so the hardware is there.
+        unsafe { arm(&state) };
+        drop(state);
+        // A sender may have resumed before us, and what arrived before the arming fires no event.
+        if self.drain(|_| false).held > 0 {
+            self.notify_if_armed();
         }
     }
 }

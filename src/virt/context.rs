@@ -1,6 +1,5 @@
 //! An open device.
 
-use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::os::fd::RawFd;
 use std::path::Path;
@@ -22,7 +21,6 @@ use super::queue_pair::QueuePair;
 use super::shared_receive_queue::SharedReceiveQueue;
 use crate::device::{self, Verbs};
 use crate::errno::{Errno, Verb};
-use crate::handle::VirtualKey;
 use crate::translate::KeyTable;
 
 /// An open device, from `ibv_open_device` to `ibv_close_device`.
@@ -39,8 +37,6 @@ pub struct Context {
     pub(crate) lkeys: KeyTable,
     /// Hardware queue pair numbers back to virtual ones, for completions of shared receive queues.
     pub(crate) qpns_back: Mutex<std::sync::Arc<KeyTable>>,
-    /// Remote keys published at the last restart. Peers keep them until the next, so none is given out again before.
-    pub(crate) reserved_rkeys: Mutex<HashSet<VirtualKey>>,
     /// The device as the application first saw it; noted when it is first let go of.
     pub(crate) first_seen: Mutex<Option<Arc<DeviceFacts>>>,
     /// Ports as first seen beside as they are now; empty before the first restart.
@@ -128,7 +124,6 @@ pub unsafe fn open(
             names: Mutex::new(names),
             lkeys: KeyTable::default(),
             qpns_back: Mutex::default(),
-            reserved_rkeys: Mutex::default(),
             first_seen: Mutex::default(),
             ports: Mutex::default(),
             dead_end: Mutex::default(),
@@ -215,10 +210,6 @@ impl Context {
 
     pub(crate) fn set_hardware_name(&self, name: &CStr) {
         lock(&self.names).hardware = name.to_owned();
-    }
-
-    pub(crate) fn reserves_rkey(&self, key: VirtualKey) -> bool {
-        lock(&self.reserved_rkeys).contains(&key)
     }
 
     pub(crate) fn objects(&self) -> std::sync::MutexGuard<'_, Objects> {

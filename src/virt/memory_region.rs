@@ -9,7 +9,8 @@ use rdma_core_sys::{
 
 use super::AppMr;
 use super::context::Context;
-use super::process::{Registered, process};
+use super::ports::PortMap;
+use super::process::{Registered, lock, process};
 use super::protection_domain::ProtectionDomain;
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareKey, VirtualKey};
@@ -95,9 +96,12 @@ pub unsafe fn register(
 
 /// Does a fresh region's key equal one that the application or its peers hold for another?
 fn collides(context: &Context, hardware: &ibv_mr) -> bool {
-    process().translates()
-        && (context.lkeys.get(hardware.lkey).is_some()
-            || context.reserves_rkey(VirtualKey(hardware.rkey)))
+    process().directory().is_some_and(|directory| {
+        let ports = lock(&context.ports);
+        let mut addresses = ports.iter().flat_map(PortMap::addresses);
+        context.lkeys.get(hardware.lkey).is_some()
+            || addresses.any(|address| directory.has_key_at(address, VirtualKey(hardware.rkey)))
+    })
 }
 
 /// `ibv_dereg_mr`.

@@ -135,9 +135,16 @@ impl ReceiveQueue {
         self.lock.lock_before(limit).is_some()
     }
 
-    /// After a rebuild: posts again all that was posted and has not completed, with the keys as they are now.
-    pub(super) fn repost(&self, context: &Context) -> Verb<()> {
+    /// After a rebuild: attaches the fresh hardware and posts again all that was posted and has not completed, with the keys
+    /// as they are now; in one step, so that what the application posts meanwhile goes down once.
+    pub(super) fn restart(
+        &self,
+        context: &Context,
+        hardware: *mut c_void,
+        post: PostReceive,
+    ) -> Verb<()> {
         self.with(|state| {
+            (state.hardware, state.post) = (hardware, post);
             state.translate = true;
             for slot in state.ring.posted() {
                 // SAFETY: an entry of the ring, which the fresh hardware does not have yet.

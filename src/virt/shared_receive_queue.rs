@@ -63,6 +63,7 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> Verb<*mut
         .map_addr(|address| address | SHARED)
         .cast();
     queue.create_hardware(&mut init.attr)?;
+    let post = queue.hardware_post()?;
     if let Err(error) = queue
         .queue
         .allocate(init.attr.max_wr, init.attr.max_sge, owner)
@@ -71,6 +72,7 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> Verb<*mut
         unsafe { (context.verbs.ibv_destroy_srq)(queue.hardware()) };
         return Err(error);
     }
+    queue.queue.attach(queue.hardware().cast(), post);
     let queue = Box::leak(queue);
     let index = context
         .objects()
@@ -208,25 +210,23 @@ impl SharedReceiveQueue {
                 &raw mut init,
             ))?;
             self.hardware.store(hardware, Ordering::Release);
-            let post = (*(*hardware).context)
-                .ops
-                .post_srq_recv
-                .ok_or(Errno::NOT_SUPPORTED)?;
-            // The two signatures differ in the type of the queue alone.
-            self.queue.attach(
-                hardware.cast(),
-                std::mem::transmute::<
-                    unsafe extern "C" fn(
-                        *mut ibv_srq,
-                        *mut ibv_recv_wr,
-                        *mut *mut ibv_recv_wr,
-                    ) -> i32,
-                    PostReceive,
-                >(post),
-            );
         }
         *attr = init.attr;
         Ok(())
+    }
+
+    fn hardware_post(&self) -> Verb<PostReceive> {
+        // SAFETY: the hardware is there. The two signatures differ in the type of the queue alone.
+        unsafe {
+            let post = (*(*self.hardware()).context)
+                .ops
+                .post_srq_recv
+                .ok_or(Errno::NOT_SUPPORTED)?;
+            Ok(std::mem::transmute::<
+                unsafe extern "C" fn(*mut ibv_srq, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> i32,
+                PostReceive,
+            >(post))
+        }
     }
 
     pub(crate) fn release(&self) -> Verb<()> {
@@ -255,7 +255,8 @@ impl SharedReceiveQueue {
 
     /// Posts again what was posted; then the limit, which must not fire for an empty queue.
     pub(crate) fn repost(&self) -> Verb<()> {
-        self.queue.repost(self.context)?;
+        self.queue
+            .restart(self.context, self.hardware().cast(), self.hardware_post()?)?;
         let mut attr = *lock(&self.attr);
         if attr.srq_limit > 0 {
             // SAFETY: rebuilt, so the hardware is there.

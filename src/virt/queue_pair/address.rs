@@ -76,12 +76,14 @@ impl QueuePair {
 
     /// Remote keys are the peer's.
     pub(super) fn learn_peer(&self, attributes: &Attributes) {
-        let peer = process().directory().and_then(|directory| {
+        let keys = process().directory().and_then(|directory| {
             let (address, qpn) = attributes.peer()?;
-            Some(directory.peer(address, qpn)?.clone())
+            match directory.peer(address, qpn) {
+                Some(peer) => Some(Arc::clone(&peer.keys)),
+                None => directory.keys_at(address),
+            }
         });
-        self.send
-            .set_peer_keys(peer.map(|peer| Arc::clone(&peer.keys)));
+        self.send.set_peer_keys(keys);
     }
 
     /// How this queue pair is addressed: every address of its port.

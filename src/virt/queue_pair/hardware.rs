@@ -80,19 +80,23 @@ impl QueuePair {
     }
 
     pub(super) fn attach_receive_queue(&self) -> Verb<()> {
+        self.receive
+            .attach(self.hardware().cast(), self.hardware_post_receive()?);
+        Ok(())
+    }
+
+    fn hardware_post_receive(&self) -> Verb<PostReceive> {
         // SAFETY: the hardware is there. The two signatures differ in the type of the queue alone.
-        let post = unsafe {
+        unsafe {
             let post = (*(*self.hardware()).context)
                 .ops
                 .post_recv
                 .ok_or(Errno::NOT_SUPPORTED)?;
-            std::mem::transmute::<
+            Ok(std::mem::transmute::<
                 unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> i32,
                 PostReceive,
-            >(post)
-        };
-        self.receive.attach(self.hardware().cast(), post);
-        Ok(())
+            >(post))
+        }
     }
 
     /// The state the hardware is in.
@@ -227,8 +231,11 @@ impl QueuePair {
         self.attach_send_queue()?;
         self.send.translate();
         if self.shared.is_null() {
-            self.attach_receive_queue()?;
-            self.receive.repost(self.context)?;
+            self.receive.restart(
+                self.context,
+                self.hardware().cast(),
+                self.hardware_post_receive()?,
+            )?;
         }
         if target == IBV_QPS_INIT {
             return Ok(Connected::AsBefore);

@@ -9,6 +9,7 @@ use rdma_core_sys::{
 };
 
 use super::QueuePair;
+use super::post::State;
 use crate::handle::Psn;
 use crate::log::SendSlot;
 
@@ -56,18 +57,18 @@ impl QueuePair {
                         .take_while(|slot| Psn(0).advance(last.psn_after).since(Psn(0).advance(slot.psn_after)) >= behind)
                         .count();
                     if behind > 1 << 23 || executed < first_flushed {
-                        return Fate::Unknown {
-                            why: format!(
-                                "the peer expects PSN {:#x}, which does not fit the {} requests outstanding",
-                                expected.0,
-                                slots.len()
-                            ),
-                        };
+                        let why = format!(
+                            "the peer expects PSN {:#x}, which does not fit the {} requests outstanding",
+                            expected.0,
+                            slots.len()
+                        );
+                        return state.flush_again(slots[0], why);
                     }
                     executed
                 }
                 None if self.is_reliable() && first_flushed < slots.len() => {
-                    return Fate::Unknown { why: "the peer did not say how far it came".into() };
+                    let why = "the peer did not say how far it came".into();
+                    return state.flush_again(slots[first_flushed], why);
                 }
                 // Unreliable transports are done with a request when it has left; what was flushed has not.
                 _ => first_flushed,
@@ -79,9 +80,9 @@ impl QueuePair {
                 // A READ that nothing follows may be asked again: the peer's memory has not moved.
                 Some(index) if index + 1 == executed && slots[index].wr.opcode == IBV_WR_RDMA_READ => index,
                 Some(index) => {
-                    return Fate::Unknown {
-                        why: format!("the response to an executed request (opcode {}) was lost", slots[index].wr.opcode),
-                    };
+                    let why =
+                        format!("the response to an executed request (opcode {}) was lost", slots[index].wr.opcode);
+                    return state.flush_again(slots[first_flushed], why);
                 }
             };
             for slot in &slots[..again_from] {
@@ -117,6 +118,15 @@ impl QueuePair {
         let queue = unsafe { &*self.send_completions };
         queue.hold(completion);
         queue.notify_if_armed();
+    }
+}
+
+impl State {
+    /// What became of `first` and those behind it cannot be told. They go down again on a queue pair in the error state, so
+    /// that the application gets them flushed.
+    fn flush_again(&mut self, first: &SendSlot, why: String) -> Fate {
+        self.hold_from(std::ptr::from_ref(first).cast_mut());
+        Fate::Unknown { why }
     }
 }
 
