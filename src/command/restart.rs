@@ -50,7 +50,7 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
             manifest.runtime_folder.display()
         );
     }
-    let _lock = JobLock::take(&runtime_folder, manifest.root)?;
+    let lock = JobLock::take(&runtime_folder, manifest.root)?;
     let interrupt = Interrupt::install()?;
     wait_for_ids(&manifest.ids())?;
     let foreign_binds = ForeignBinds::allow(&manifest.addresses, &progress)?;
@@ -115,6 +115,8 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
         kill(manifest);
         return Err(error.context("the job was not restarted; the image is as it was"));
     }
+    // From here on the job can be checkpointed again, while we wait for it.
+    drop(lock);
     println!("{}", manifest.root);
     if options.wait {
         let code = wait(manifest.root)?;
