@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::setup::{Deadline, Setup};
-use crate::{cycles, facts, faults, own_programs, stock};
+use crate::{checkpoints, cycles, facts, failures, faults, own_programs, stock};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -53,6 +53,10 @@ pub enum Action {
     Fault(&'static faults::Fault),
     /// A job under `reverbs cycle`.
     Cycled(&'static cycles::Cycled),
+    /// A job that is saved and brought back.
+    Saved(&'static checkpoints::Saved),
+    /// A checkpoint that cannot succeed, under a running job.
+    Failing(&'static failures::Failing),
 }
 
 impl Case {
@@ -68,6 +72,8 @@ impl Case {
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
             Action::Fault(fault) => faults::run(fault, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),
+            Action::Saved(saved) => checkpoints::run(saved, job),
+            Action::Failing(failing) => failures::run(failing, job),
         }
     }
 }
@@ -78,5 +84,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(own_programs::cases());
     cases.extend(faults::cases());
     cases.extend(cycles::cases());
+    cases.extend(checkpoints::cases());
+    cases.extend(failures::cases());
     cases
 }

@@ -5,10 +5,12 @@
 //! checks what they did. LEDGER.md says which promise each case proves.
 
 pub mod case;
+pub mod checkpoints;
 pub mod command_line;
 pub mod cycles;
 pub mod evidence;
 pub mod facts;
+pub mod failures;
 pub mod faults;
 pub mod hardware;
 pub mod mpi;

@@ -58,8 +58,11 @@ pub fn finish_check(mpirun: &mut Running, ranks: u32, deadline: Deadline) -> Res
     check_account(&mpirun.output()?, ranks)
 }
 
-/// `rank R done sum S rounds N` from each rank, and `ok`.
-fn check_account(output: &str, ranks: u32) -> Result<u64> {
+/// Reads `rank R done sum S rounds N` from each rank and `ok`, and gives the number of rounds.
+///
+/// # Errors
+/// When one is missing, or the ranks do not agree.
+pub fn check_account(output: &str, ranks: u32) -> Result<u64> {
     ensure!(
         output.lines().any(|line| line == "ok"),
         "the job did not say ok"
