@@ -4,6 +4,7 @@
 //! makes it load us, `verbs` are the operations it calls, and `native` is the second libibverbs that drives the hardware.
 
 mod fork;
+mod journal;
 mod native;
 pub mod register;
 pub mod release;

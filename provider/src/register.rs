@@ -88,6 +88,11 @@ pub unsafe fn uninit_context(context: *mut ibv_context) {
     }
 }
 
+/// The rdma-core release that loaded us, as its file name has it: `44.0`.
+pub(crate) fn release_name() -> &'static str {
+    &registered().detected.version
+}
+
 /// A public function of the libibverbs that loaded us, as of version 1.1 of its interface.
 pub(crate) fn public_function(name: &'static CStr) -> Option<*const c_void> {
     registered().detected.public_function(name)

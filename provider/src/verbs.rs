@@ -57,6 +57,8 @@ pub(crate) fn opened(app: *mut ibv_context, device_name: &CStr) -> Result<(), c_
         libc::ENODEV
     })?;
     crate::fork::watch();
+    crate::journal::start();
+    reverbs::agent::set_rdma_core(register::release_name());
     // SAFETY: libibverbs is opening this context.
     unsafe {
         let opened =

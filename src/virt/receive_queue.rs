@@ -135,6 +135,11 @@ impl ReceiveQueue {
         self.lock.lock_before(limit).is_some()
     }
 
+    /// From the first restart on, requests go down as translated copies.
+    pub(super) fn translate(&self) {
+        self.with(|state| state.translate = true);
+    }
+
     /// After a rebuild: attaches the fresh hardware and posts again all that was posted and has not completed, with the keys
     /// as they are now; in one step, so that what the application posts meanwhile goes down once.
     pub(super) fn restart(

@@ -216,6 +216,8 @@ impl QueuePair {
     pub(crate) fn connect(&self, directory: &Directory, mtu: u8) -> Verb<Connected> {
         let attributes = *lock(&self.attributes);
         let target = attributes.released_state;
+        self.send.translate();
+        self.receive.translate();
         if target == IBV_QPS_RESET {
             return Ok(Connected::AsBefore);
         }
@@ -229,7 +231,6 @@ impl QueuePair {
                 | set & (IBV_QP_QKEY | IBV_QP_ACCESS_FLAGS),
         )?;
         self.attach_send_queue()?;
-        self.send.translate();
         if self.shared.is_null() {
             self.receive.restart(
                 self.context,
