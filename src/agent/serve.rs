@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use crate::checkpoint::{self, Let, Stopped};
 use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
+use crate::virt::deputy;
 use crate::virt::process::process;
+
+/// How long to wait for a thread of the application that takes over.
+const DEPUTY_LIMIT: Duration = Duration::from_secs(3);
 
 /// Where the process stands.
 #[derive(Debug)]
@@ -14,6 +18,10 @@ pub(super) struct State {
     stopped: Stopped,
     left: Let,
     notes: Vec<String>,
+    /// When the process started, as the kernel counts. CRIU restores a process into a younger one.
+    started_at: String,
+    /// This is no longer the process that started the agent.
+    restored: bool,
 }
 
 impl Default for State {
@@ -24,8 +32,23 @@ impl Default for State {
             stopped: Stopped::default(),
             left: Let::default(),
             notes: Vec::new(),
+            started_at: start_time(),
+            restored: false,
         }
     }
+}
+
+/// The process's start time in ticks since boot, and the boot (`proc_pid_stat(5)`, field 22).
+fn start_time() -> String {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    // The name, field 2, may hold spaces; it ends at the last parenthesis.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    format!(
+        "{} {}",
+        fields.split_whitespace().nth(19).unwrap_or_default(),
+        boot.trim()
+    )
 }
 
 impl State {
@@ -101,7 +124,9 @@ impl State {
             }
             Request::Rebuild { devices } => {
                 self.require(&[Phase::Released])?;
-                checkpoint::rebuild(&devices, &self.left)?;
+                let left = self.left.clone();
+                self.restored |= self.started_at != start_time();
+                self.as_application(move || checkpoint::rebuild(&devices, &left))?;
                 self.enter(Phase::Rebuilt)
             }
             Request::Publish => {
@@ -152,7 +177,7 @@ impl State {
         self.require(&[Phase::Running, Phase::Closed, Phase::Connected])?;
         let opened = match self.phase {
             Phase::Closed => checkpoint::reopen(),
-            Phase::Connected => checkpoint::resume(),
+            Phase::Connected => self.as_application(checkpoint::resume),
             _ => Ok(()),
         };
         // What could not be posted is said, but the gates are open: the process runs.
@@ -162,6 +187,15 @@ impl State {
         self.session = None;
         self.stopped = Stopped::default();
         self.enter(Phase::Running)
+    }
+
+    /// After a restore, done by a thread of the application (`virt::deputy`); else here.
+    fn as_application<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        if self.restored {
+            deputy::run(DEPUTY_LIMIT, work)
+        } else {
+            work()
+        }
     }
 
     fn status(&self) -> Reply {

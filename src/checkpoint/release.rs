@@ -15,7 +15,7 @@ use crate::virt::ports;
 use crate::virt::process::process;
 
 /// What has to be put back at the rebuild besides verbs objects.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Let {
     /// Numbers under which `/dev/infiniband/rdma_cm` was open, idle.
     pub(super) connection_managers: Vec<RawFd>,

@@ -248,6 +248,8 @@ unsafe fn poll_general(
         return serve as c_int;
     }
     if general & CLOSED != 0 {
+        drop(state);
+        super::deputy::serve();
         return 0;
     }
     // SAFETY: not closed, so the hardware is there.
