@@ -4,7 +4,7 @@ use rdma_core_sys::{
     IBV_QP_ACCESS_FLAGS, IBV_QP_ALT_PATH, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
     IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
     IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
-    IBV_QP_TIMEOUT, IBV_QPS_RESET, ibv_qp_attr, ibv_qp_state,
+    IBV_QP_TIMEOUT, IBV_QPS_RESET, ibv_qp_attr, ibv_qp_cap, ibv_qp_state,
 };
 
 use crate::handle::{Psn, VirtualQpn};
@@ -19,6 +19,8 @@ pub(super) struct Attributes {
     pub(super) state: ibv_qp_state,
     /// State of the hardware when it was released, for the rebuild.
     pub(super) released_state: ibv_qp_state,
+    /// What a query answers, which may be more than create granted (rxe rounds up): as the first hardware answered.
+    pub(super) shown_capacity: Option<ibv_qp_cap>,
     /// The PSN the rebuilt queue pair starts with.
     pub(super) fresh_psn: Psn,
 }
@@ -41,6 +43,7 @@ impl Default for Attributes {
             mask: 0,
             state: IBV_QPS_RESET,
             released_state: IBV_QPS_RESET,
+            shown_capacity: None,
             fresh_psn: Psn(0),
         }
     }
@@ -82,7 +85,7 @@ impl Attributes {
 
     /// The queue pair was reset.
     pub(super) fn forget(&mut self) {
-        *self = Self::default();
+        *self = Self { shown_capacity: self.shown_capacity, ..Self::default() };
     }
 
     /// Everything set so far, and which of it was.

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 
 use rdma_core_sys::{
-    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
+    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
     IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
     IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
     IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS,
@@ -142,8 +142,10 @@ impl QueuePair {
 
     /// Keeps the state to come back to, before anything of ours changes it.
     pub(crate) fn note_state(&self) -> Verb<()> {
-        let state = self.hardware_state()?;
-        lock(&self.attributes).released_state = state;
+        let now = self.query_hardware(IBV_QP_STATE | IBV_QP_CAP)?;
+        let mut attributes = lock(&self.attributes);
+        attributes.released_state = now.qp_state;
+        attributes.shown_capacity.get_or_insert(now.cap);
         Ok(())
     }
 

@@ -218,17 +218,21 @@ pub unsafe fn query(
             mask,
             init,
         ))?;
+        let attributes = lock(&pair.attributes);
         if process().translates() {
-            lock(&pair.attributes).show(&mut *attr);
+            attributes.show(&mut *attr);
         }
-        (*attr).cap = pair.capacity;
+        // What the first hardware answered. A queue pair that was never released still has it.
+        let capacity = attributes.shown_capacity.unwrap_or((*init).cap);
+        drop(attributes);
+        (*attr).cap = capacity;
         let public = &*app;
         *init = ibv_qp_init_attr {
             qp_context: public.qp_context,
             send_cq: public.send_cq,
             recv_cq: public.recv_cq,
             srq: public.srq,
-            cap: pair.capacity,
+            cap: capacity,
             qp_type: pair.kind,
             sq_sig_all: i32::from(pair.signal_all),
         };
