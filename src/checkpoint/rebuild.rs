@@ -22,9 +22,11 @@ use crate::virt::queue_pair::Connected;
 /// Opens devices and makes every object again, but leaves queue pairs unconnected.
 pub(crate) fn rebuild(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
     for context in process().contexts() {
+        context.events.after_save();
         open_device(context, choices)?;
     }
     for channel in process().channels().iter() {
+        channel.pipe.after_save();
         channel
             .rebuild()
             .map_err(|error| format!("completion channel: {error}"))?;

@@ -34,8 +34,10 @@ pub(crate) fn release() -> Phase<Let> {
     }
     for channel in process().channels().iter() {
         channel.release();
+        channel.pipe.before_save();
     }
     for context in process().contexts() {
+        context.events.before_save();
         let hardware = context.hardware();
         context.set_hardware(std::ptr::null_mut());
         // SAFETY: the device's own; all its objects are gone.

@@ -26,7 +26,8 @@ pub struct EventPipe {
     writer: Mutex<Option<File>>,
     /// The number the application reads from.
     read_fd: AtomicI32,
-    inode: Inode,
+    /// Which file it is; `None` once the application is known to have closed it. A restore makes another file of it.
+    inode: Mutex<Option<Inode>>,
     record: usize,
 }
 
@@ -51,7 +52,7 @@ impl EventPipe {
         Ok(Self {
             writer: Mutex::new(Some(writer)),
             read_fd: AtomicI32::new(fds[0]),
-            inode: inode(fds[0])?,
+            inode: Mutex::new(Some(inode(fds[0])?)),
             record,
         })
     }
@@ -86,7 +87,7 @@ impl EventPipe {
     /// Takes back the unread records that `matches`; gives their number. The caller holds `Process::events`.
     pub(crate) fn purge(&self, matches: impl Fn(&[u8]) -> bool) -> u32 {
         let fd = self.read_fd();
-        if inode(fd) != Ok(self.inode) {
+        if !self.is_open() {
             return 0;
         }
         // A thread of the application may be reading too, and a read must not block: splice never does.
@@ -124,7 +125,26 @@ impl EventPipe {
 
     /// The application still has the read end under the number we know.
     fn is_open(&self) -> bool {
-        inode(self.read_fd()) == Ok(self.inode)
+        self.is(inode(self.read_fd()).ok())
+    }
+
+    fn is(&self, file: Option<Inode>) -> bool {
+        file.is_some() && *lock(&self.inode) == file
+    }
+
+    /// Before the process is saved: notes whether the application still has the read end.
+    pub(crate) fn before_save(&self) {
+        if !self.is_open() {
+            lock(&self.inode).take();
+        }
+    }
+
+    /// The process may have been restored, with another file under the same number.
+    pub(crate) fn after_save(&self) {
+        let mut known = lock(&self.inode);
+        if known.is_some() {
+            *known = inode(self.read_fd()).ok();
+        }
     }
 }
 
@@ -151,8 +171,8 @@ impl Channel {
         let fd = unsafe { (*app).fd };
         let mut channels = process().channels();
         channels.retain(|channel| channel.pipe.is_open() || Arc::strong_count(channel) > 1);
-        let inode = inode(fd)?;
-        if let Some(channel) = channels.iter().find(|channel| channel.pipe.inode == inode) {
+        let file = inode(fd)?;
+        if let Some(channel) = channels.iter().find(|channel| channel.pipe.is(Some(file))) {
             if channel.context.set(context).is_ok() {
                 channel.rebuild()?;
                 crate::agent::wake();

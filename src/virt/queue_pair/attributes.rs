@@ -85,7 +85,10 @@ impl Attributes {
 
     /// The queue pair was reset.
     pub(super) fn forget(&mut self) {
-        *self = Self { shown_capacity: self.shown_capacity, ..Self::default() };
+        *self = Self {
+            shown_capacity: self.shown_capacity,
+            ..Self::default()
+        };
     }
 
     /// Everything set so far, and which of it was.
