@@ -45,7 +45,7 @@ struct Arguments {
     /// Milliseconds from the start of one cycle to the start of the next
     #[arg(long, default_value_t = 100)]
     pace: u64,
-    /// Only cases whose name contains one of these
+    /// Only cases whose name contains one of these (`^PART`: begins with, `=NAME`: is)
     filter: Vec<String>,
 }
 
@@ -62,7 +62,7 @@ pub fn run() -> Result<bool> {
     }
     let mut cases = case::all();
     if !arguments.filter.is_empty() {
-        cases.retain(|case| arguments.filter.iter().any(|part| case.name.contains(part)));
+        cases.retain(|case| arguments.filter.iter().any(|part| matches(case.name, part)));
     }
     if arguments.list {
         for case in &cases {
@@ -90,4 +90,13 @@ pub fn run() -> Result<bool> {
         pace: Duration::from_millis(arguments.pace),
     };
     report::run_all(&cases, &setup, &mut out)
+}
+
+/// A part of the name; with `^` in front, its beginning; with `=`, all of it.
+fn matches(name: &str, part: &str) -> bool {
+    match (part.strip_prefix('^'), part.strip_prefix('=')) {
+        (Some(beginning), _) => name.starts_with(beginning),
+        (_, Some(whole)) => name == whole,
+        _ => name.contains(part),
+    }
 }

@@ -9,7 +9,7 @@ pub struct Run {
     pub bare: bool,
     /// Only with `--long`.
     pub long: bool,
-    /// The cases, by parts of their names; none means all.
+    /// The cases, as `guest-tests` filters them; none means all.
     pub cases: &'static [&'static str],
     /// Options of `guest-tests`.
     pub options: &'static [&'static str],
@@ -19,13 +19,51 @@ pub struct Run {
 
 /// All runs, in order.
 pub const RUNS: &[Run] = &[
+    // Stock clients, own programs, MPI, and the faults that these must notice.
     Run {
         name: "provider",
         bare: false,
         long: false,
-        cases: &[],
+        cases: &[
+            "^pingpong",
+            "^send",
+            "^write",
+            "^read",
+            "^atomic",
+            "^verbs",
+            "^rc-",
+            "^ud-srq",
+            "^mpi",
+            "^fault",
+        ],
         options: &[],
-        timeout: 2400,
+        timeout: 1500,
+    },
+    // Fresh hardware under a running job, a few times.
+    Run {
+        name: "cycles",
+        bare: false,
+        long: false,
+        cases: &[
+            "=cycle-rc",
+            "=cycle-rc-events",
+            "=cycle-ud-srq",
+            "=cycle-mpi-np2",
+        ],
+        options: &["--cycles", "12"],
+        timeout: 900,
+    },
+    Run {
+        name: "restarts",
+        bare: false,
+        long: false,
+        cases: &[
+            "=restart-rc",
+            "=restart-mpi-np2-other-device",
+            "=fail-no-criu",
+        ],
+        options: &[],
+        timeout: 900,
     },
     Run {
         name: "bare",
@@ -34,5 +72,13 @@ pub const RUNS: &[Run] = &[
         cases: &[],
         options: &[],
         timeout: 1800,
+    },
+    Run {
+        name: "everything",
+        bare: false,
+        long: true,
+        cases: &[],
+        options: &[],
+        timeout: 7200,
     },
 ];
