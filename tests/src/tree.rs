@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
 
 /// Between two looks at processes that are being ended.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -59,9 +59,10 @@ pub fn end_all() -> usize {
     }
 }
 
-/// Collects every child that has ended.
+/// Collects every child that has ended, also those of other process groups (which `waitpid` of
+/// "any" leaves out).
 fn reap() {
-    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {}
+    while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
 
 /// Every process with its parent.
