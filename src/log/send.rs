@@ -47,6 +47,8 @@ pub struct SendRing {
     psn: u32,
     mtu_mask: u32,
     mtu_shift: u32,
+    /// The longest message that is surely one packet.
+    one_packet: u32,
     /// Address of the [`SlotHead`] last seen completed; in a ring that never completed any, of the last entry.
     completed: Box<AtomicU64>,
     base: *mut SendSlot,
@@ -66,6 +68,7 @@ impl Default for SendRing {
             psn: 0,
             mtu_mask: 0,
             mtu_shift: 0,
+            one_packet: 0,
             completed: Box::default(),
             base: ptr::null_mut(),
             end: ptr::null_mut(),
@@ -146,6 +149,7 @@ impl SendRing {
         self.psn = psn.0;
         self.mtu_shift = mtu.trailing_zeros();
         self.mtu_mask = mtu - 1;
+        self.one_packet = mtu;
     }
 
     /// The PSN after everything logged.
@@ -159,6 +163,25 @@ impl SendRing {
     #[must_use]
     pub fn is_at_limit(&self) -> bool {
         self.cursor == self.limit
+    }
+
+    /// Can [`Self::log_one`] take this request as it stands: alone, of one element, not inline, of an opcode that
+    /// [`is_simple`], with room in the ring?
+    #[inline(always)]
+    #[must_use]
+    pub fn takes_plain(&self, wr: &ibv_send_wr) -> bool {
+        wr.num_sge == 1
+            && wr.next.is_null()
+            && wr.send_flags & IBV_SEND_INLINE == 0
+            && is_simple(wr)
+            && !self.is_at_limit()
+    }
+
+    /// Is a message surely one packet? Most are.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_one_packet(&self, length: u32) -> bool {
+        length <= self.one_packet
     }
 
     /// Moves the limit on, around the end if need be.
@@ -190,16 +213,22 @@ impl SendRing {
     /// [`Self::commit`].
     ///
     /// # Safety
-    /// `wr` must be such a request, and the ring not at its limit.
+    /// [`Self::takes_plain`] must hold for `wr`, `element` be its element and `packets` what
+    /// [`Self::packets`] says of that.
     #[inline(always)]
-    pub unsafe fn log_one(&mut self, wr: *const ibv_send_wr) -> *mut SendSlot {
+    pub unsafe fn log_one(
+        &mut self,
+        wr: *const ibv_send_wr,
+        element: *const ibv_sge,
+        packets: u32,
+    ) -> *mut SendSlot {
         let slot = self.cursor;
         // SAFETY: the cursor is before the limit, hence in the ring; the caller vouches for `wr`.
         unsafe {
             copy_request(wr, slot);
-            let sge = ptr::read((*wr).sg_list);
-            ptr::write((*slot).wr.sg_list, sge);
-            (*slot).psn_after = self.psn.wrapping_add(self.packets(sge.length));
+            // Where `sg_list` of an entry always points.
+            ptr::write(slot.add(1).cast(), ptr::read(element));
+            (*slot).psn_after = self.psn.wrapping_add(packets);
         }
         slot
     }
@@ -294,6 +323,20 @@ impl SendRing {
         self.limit = slot;
     }
 
+    /// Takes the entry that was committed last out of the log again.
+    ///
+    /// # Safety
+    /// [`Self::commit`] must be what was called last.
+    pub unsafe fn undo_last(&mut self) {
+        // The cursor only goes around in `make_room`, so the entry is right before it.
+        let slot = self.cursor.wrapping_byte_sub(self.stride);
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let packets = self.packets_of(slot);
+            self.undo(slot, self.psn.wrapping_sub(packets));
+        }
+    }
+
     /// Goes on with this PSN.
     pub fn continue_at(&mut self, psn: u32) {
         self.psn = psn;
@@ -304,16 +347,21 @@ impl SendRing {
     /// # Safety
     /// `slot` must be an entry of this ring.
     pub unsafe fn renumber(&mut self, slot: *mut SendSlot) {
-        // SAFETY: as the caller vouches; `sg_list` has `num_sge` elements.
+        // SAFETY: as the caller vouches.
         unsafe {
-            let elements =
-                std::slice::from_raw_parts((*slot).wr.sg_list, (*slot).wr.num_sge as usize);
-            let length = elements
-                .iter()
-                .fold(0_u32, |sum, element| sum.saturating_add(element.length));
-            self.psn = self.psn.wrapping_add(self.packets(length));
+            self.psn = self.psn.wrapping_add(self.packets_of(slot));
             (*slot).psn_after = self.psn;
         }
+    }
+
+    unsafe fn packets_of(&self, slot: *const SendSlot) -> u32 {
+        // SAFETY: an entry of this ring; `sg_list` has `num_sge` elements.
+        let elements =
+            unsafe { std::slice::from_raw_parts((*slot).wr.sg_list, (*slot).wr.num_sge as usize) };
+        let length = elements
+            .iter()
+            .fold(0_u32, |sum, element| sum.saturating_add(element.length));
+        self.packets(length)
     }
 
     /// The PSN sum as it is, to go back to with [`Self::undo`].
@@ -359,8 +407,9 @@ impl SendRing {
 
     /// Packets of a message: a message of no bytes takes one (IBTA 9.7.1); a READ takes as many as its response.
     /// Atomics carry 8 bytes, one packet.
-    #[inline(always)]
-    fn packets(&self, length: u32) -> u32 {
+    #[inline]
+    #[must_use]
+    pub fn packets(&self, length: u32) -> u32 {
         let packets = (u64::from(length) + u64::from(self.mtu_mask)) >> self.mtu_shift;
         (packets as u32).max(1)
     }
@@ -376,21 +425,32 @@ pub fn is_simple(wr: &ibv_send_wr) -> bool {
 /// Copies all of a request but `next`, `sg_list` and what only other opcodes use.
 #[inline(always)]
 unsafe fn copy_request(wr: *const ibv_send_wr, slot: *mut SendSlot) {
-    // SAFETY: both are valid; the ranges are fields of `ibv_send_wr` next to each other: num_sge to the immediate
-    // (16 bytes) and the union `wr` (32 bytes), copied whole.
+    // SAFETY: both are valid.
     unsafe {
         (*slot).head.app_wr_id = (*wr).wr_id;
+        copy_payload(wr, &raw mut (*slot).wr);
+    }
+}
+
+/// Copies what a request says: all but `wr_id`, `next`, `sg_list` and what only opcodes use that are not [`is_simple`].
+///
+/// # Safety
+/// Both must be valid.
+#[inline(always)]
+pub unsafe fn copy_payload(from: *const ibv_send_wr, to: *mut ibv_send_wr) {
+    // SAFETY: num_sge, opcode, flags, immediate (16 bytes) and the union `wr` (32 bytes) are next to each other.
+    unsafe {
         ptr::copy_nonoverlapping(
-            (&raw const (*wr).num_sge).cast::<[u8; 16]>(),
-            (&raw mut (*slot).wr.num_sge).cast(),
+            (&raw const (*from).num_sge).cast::<[u8; 48]>(),
+            (&raw mut (*to).num_sge).cast(),
             1,
         );
-        ptr::copy_nonoverlapping(&raw const (*wr).wr, &raw mut (*slot).wr.wr, 1);
     }
 }
 
 const _: () = {
     use std::mem::offset_of;
     assert!(offset_of!(ibv_send_wr, num_sge) + 16 == offset_of!(ibv_send_wr, wr));
+    assert!(offset_of!(ibv_send_wr, wr) + 32 == offset_of!(ibv_send_wr, qp_type));
     assert!(size_of::<SendSlot>().is_multiple_of(align_of::<ibv_sge>()));
 };

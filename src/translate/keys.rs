@@ -14,6 +14,8 @@ const REMOVED: u64 = u64::MAX;
 #[derive(Debug)]
 pub struct KeyTable {
     current: AtomicPtr<Slots>,
+    /// How often a pair was removed or replaced.
+    removals: AtomicU64,
     writer: Mutex<Writer>,
 }
 
@@ -39,6 +41,7 @@ impl Default for KeyTable {
     fn default() -> Self {
         let table = Self {
             current: AtomicPtr::default(),
+            removals: AtomicU64::new(0),
             writer: Mutex::new(Writer {
                 generations: Vec::new(),
                 used: 0,
@@ -68,6 +71,13 @@ impl KeyTable {
             }
             at += 1;
         }
+    }
+
+    /// What [`Self::get`] answered stays true as long as this does not change.
+    #[inline]
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.removals.load(Ordering::Acquire)
     }
 
     /// Adds a pair, or replaces that of the same virtual number.
@@ -100,6 +110,7 @@ impl KeyTable {
             }
             if (found >> 32) as u32 == key && found != REMOVED {
                 entry.store(REMOVED, Ordering::Relaxed);
+                self.removals.fetch_add(1, Ordering::Release);
                 return;
             }
             at += 1;

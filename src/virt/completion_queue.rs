@@ -3,6 +3,7 @@
 use std::cell::UnsafeCell;
 use std::collections::VecDeque;
 use std::ffi::c_int;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -203,14 +204,21 @@ pub unsafe fn resize(app: *mut ibv_cq, capacity: c_int) -> Verb<()> {
 pub unsafe fn poll(app: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> c_int {
     // SAFETY: as the caller vouches.
     let queue = unsafe { CompletionQueue::of(app) };
-    let state = queue.lock();
-    if queue.general.load(Ordering::Relaxed) != 0 {
+    let Some(guard) = queue.lock.try_lock() else {
         // SAFETY: as the caller vouches.
-        return unsafe { poll_general(queue, state, count, completions) };
+        return unsafe { poll_contended(app, count, completions) };
+    };
+    if queue.general.load(Ordering::Relaxed) != 0 {
+        // The function called does not unwind, so there is nothing to save for that.
+        std::mem::forget(guard);
+        // SAFETY: as the caller vouches; the lock is its now.
+        return unsafe { poll_translated(app, count, completions) };
     }
-    // SAFETY: `hardware` is there while the queue is neither closed nor held; its completions carry our `wr_id`s.
+    // SAFETY: the lock is held; `hardware` is there while the queue is neither closed nor held; its completions carry our
+    // `wr_id`s.
     unsafe {
-        let got = (state.poll)(state.hardware, count, completions);
+        let state = queue.state.get();
+        let got = ((*state).poll)((*state).hardware, count, completions);
         let mut at = completions;
         for _ in 0..got {
             let head = SlotHead::of((*at).wr_id);
@@ -222,44 +230,77 @@ pub unsafe fn poll(app: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> 
     }
 }
 
+/// The lock was taken when it was wanted.
 #[cold]
-unsafe fn poll_general(
-    queue: &CompletionQueue,
-    mut state: Locked<'_>,
+unsafe extern "C" fn poll_contended(
+    app: *mut ibv_cq,
     count: c_int,
     completions: *mut ibv_wc,
 ) -> c_int {
-    let room = usize::try_from(count).unwrap_or(0);
-    let general = queue.general.load(Ordering::Relaxed);
-    if general & WANTED != 0 {
-        drop(state);
-        std::thread::yield_now();
-        return 0;
-    }
-    if general & HELD != 0 {
-        let serve = room.min(state.held.len());
-        for (index, completion) in state.held.drain(..serve).enumerate() {
-            // SAFETY: the caller vouches for `count` entries.
-            unsafe { completions.add(index).write(completion) };
-        }
-        if state.held.is_empty() {
-            queue.general.fetch_and(!HELD, Ordering::Relaxed);
-        }
-        return serve as c_int;
-    }
-    if general & CLOSED != 0 {
-        drop(state);
-        super::deputy::serve();
-        return 0;
-    }
-    // SAFETY: not closed, so the hardware is there.
+    // SAFETY: as the caller vouches.
     unsafe {
-        let got = (state.poll)(state.hardware, count, completions);
-        for index in 0..usize::try_from(got).unwrap_or(0) {
-            queue.hand_over(&mut *completions.add(index));
+        std::mem::forget(CompletionQueue::of(app).lock.lock());
+        poll_general(app, count, completions)
+    }
+}
+
+/// After a restart. Gives the lock back.
+unsafe extern "C" fn poll_translated(
+    app: *mut ibv_cq,
+    count: c_int,
+    completions: *mut ibv_wc,
+) -> c_int {
+    // SAFETY: the lock is held, the hardware is there; the caller vouches for the room.
+    unsafe {
+        let queue = CompletionQueue::of(app);
+        if queue.general.load(Ordering::Relaxed) != TRANSLATE {
+            return poll_general(app, count, completions);
+        }
+        let _guard = queue.lock.adopt();
+        let state = queue.state.get();
+        let got = ((*state).poll)((*state).hardware, count, completions);
+        let mut at = completions;
+        for _ in 0..got {
+            let completion = &mut *at;
+            let head = SlotHead::of(completion.wr_id);
+            if completion.opcode & IBV_WC_RECV != 0 || head.owner.addr() & SHARED != 0 {
+                // What may have to be looked up or rewritten.
+                std::hint::cold_path();
+                if !hand_over(app, completion) {
+                    return -libc::EIO;
+                }
+            } else {
+                completion.wr_id = head.app_wr_id;
+                completion.qp_num = (*head.owner.cast::<QueuePair>()).number().0;
+                (*head.retire).store(head.wr_id(), Ordering::Release);
+            }
+            at = at.add(1);
         }
         got
     }
+}
+
+/// `false` if it met a defect.
+unsafe extern "C" fn hand_over(app: *mut ibv_cq, completion: &mut ibv_wc) -> bool {
+    // SAFETY: as the caller vouches: a completion of this queue, polled just now.
+    let handed = catch_unwind(AssertUnwindSafe(|| unsafe {
+        CompletionQueue::of(app).hand_over(completion);
+    }));
+    handed.is_ok()
+}
+
+/// Held back, closed, or after waiting for the lock. Gives the lock back.
+unsafe extern "C" fn poll_general(
+    app: *mut ibv_cq,
+    count: c_int,
+    completions: *mut ibv_wc,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the rest.
+    let polled = catch_unwind(AssertUnwindSafe(|| unsafe {
+        let queue = CompletionQueue::of(app);
+        queue.poll_general(queue.lock.adopt(), count, completions)
+    }));
+    polled.unwrap_or(-libc::EIO)
 }
 
 /// `ibv_req_notify_cq`.
@@ -411,6 +452,50 @@ impl CompletionQueue {
         self.general.fetch_or(HELD, Ordering::Relaxed);
     }
 
+    unsafe fn poll_general(
+        &self,
+        guard: QueueGuard<'_>,
+        count: c_int,
+        completions: *mut ibv_wc,
+    ) -> c_int {
+        // SAFETY: the lock is held.
+        let mut state = Locked {
+            _guard: guard,
+            state: unsafe { &mut *self.state.get() },
+        };
+        let room = usize::try_from(count).unwrap_or(0);
+        let general = self.general.load(Ordering::Relaxed);
+        if general & WANTED != 0 {
+            drop(state);
+            std::thread::yield_now();
+            return 0;
+        }
+        if general & HELD != 0 {
+            let serve = room.min(state.held.len());
+            for (index, completion) in state.held.drain(..serve).enumerate() {
+                // SAFETY: the caller vouches for `count` entries.
+                unsafe { completions.add(index).write(completion) };
+            }
+            if state.held.is_empty() {
+                self.general.fetch_and(!HELD, Ordering::Relaxed);
+            }
+            return serve as c_int;
+        }
+        if general & CLOSED != 0 {
+            drop(state);
+            super::deputy::serve();
+            return 0;
+        }
+        // SAFETY: not closed, so the hardware is there.
+        unsafe {
+            let got = (state.poll)(state.hardware, count, completions);
+            for index in 0..usize::try_from(got).unwrap_or(0) {
+                self.hand_over(&mut *completions.add(index));
+            }
+            got
+        }
+    }
+
     /// Turns a completion of the hardware into the application's, and retires its request.
     unsafe fn hand_over(&self, completion: &mut ibv_wc) {
         // SAFETY: all that was posted carries the address of its entry.
@@ -436,14 +521,19 @@ impl CompletionQueue {
                 unsafe { super::queue_pair::rewrite_datagram(completion, head) };
             }
         } else {
-            let table = Arc::clone(&super::process::lock(&self.context.qpns_back));
-            let hardware = completion.qp_num;
-            // One that is in no table is younger than the last restart and means itself.
-            completion.qp_num = table.get(hardware).unwrap_or(hardware);
-            if received && completion.src_qp != 0 {
-                // SAFETY: a receive completed by a queue pair of ours.
-                unsafe { super::queue_pair::rewrite_datagram(completion, head) };
-            }
+            // SAFETY: as the caller vouches.
+            unsafe { self.translate_shared(completion, head, received) };
+        }
+    }
+
+    unsafe fn translate_shared(&self, completion: &mut ibv_wc, head: &SlotHead, received: bool) {
+        let hardware = completion.qp_num;
+        // One that is in no table is younger than the last restart and means itself.
+        let known = super::process::lock(&self.context.qpns_back).get(hardware);
+        completion.qp_num = known.unwrap_or(hardware);
+        if received && completion.src_qp != 0 {
+            // SAFETY: a receive completed by a queue pair of ours.
+            unsafe { super::queue_pair::rewrite_datagram(completion, head) };
         }
     }
 

@@ -1,4 +1,4 @@
-//! The lock of a queue: one exchange to take, one store to give back.
+//! The lock of a queue: one atomic decrement to take, one store to give back.
 //!
 //! Held for the length of one inner post or poll. The agent takes every one of them to close the gate, so a thread that
 //! is stopped inside must not make it wait for ever: [`QueueLock::lock_before`].
@@ -10,8 +10,17 @@ use std::time::Instant;
 /// How often to try before the processor is given to somebody else.
 const SPINS: u32 = 128;
 
-#[derive(Debug, Default)]
+/// 1 is free. Whoever takes it away has the lock; whoever finds it gone leaves a number below, which giving back mends.
+#[derive(Debug)]
 pub(crate) struct QueueLock(AtomicU32);
+
+const FREE: u32 = 1;
+
+impl Default for QueueLock {
+    fn default() -> Self {
+        Self(AtomicU32::new(FREE))
+    }
+}
 
 /// Gives the lock back when dropped.
 #[derive(Debug)]
@@ -20,23 +29,52 @@ pub(crate) struct QueueGuard<'a>(&'a QueueLock);
 impl QueueLock {
     #[inline(always)]
     pub(crate) fn lock(&self) -> QueueGuard<'_> {
-        if self.0.swap(1, Ordering::Acquire) != 0 {
+        if !self.take() {
             self.wait(None);
         }
         QueueGuard(self)
     }
 
+    /// `None` if somebody has it. For the hot path, which leaves the waiting to a function that it does not come back from,
+    /// and so has nothing to save for afterwards.
+    #[inline(always)]
+    pub(crate) fn try_lock(&self) -> Option<QueueGuard<'_>> {
+        self.take().then(|| QueueGuard(self))
+    }
+
+    /// The guard of a lock that was taken by a caller who forgot the guard.
+    ///
+    /// # Safety
+    /// There is no other guard.
+    pub(crate) unsafe fn adopt(&self) -> QueueGuard<'_> {
+        QueueGuard(self)
+    }
+
+    /// Gives back a lock whose guard was forgotten.
+    ///
+    /// # Safety
+    /// There is no other guard.
+    #[inline(always)]
+    pub(crate) unsafe fn give_back(&self) {
+        self.0.store(FREE, Ordering::Release);
+    }
+
     /// `None` if the lock could not be had before `limit`.
     pub(crate) fn lock_before(&self, limit: Instant) -> Option<QueueGuard<'_>> {
-        (self.0.swap(1, Ordering::Acquire) == 0 || self.wait(Some(limit)))
-            .then_some(QueueGuard(self))
+        (self.take() || self.wait(Some(limit))).then_some(QueueGuard(self))
+    }
+
+    /// One decrement, whose flags tell.
+    #[inline(always)]
+    fn take(&self) -> bool {
+        self.0.fetch_sub(1, Ordering::Acquire) == FREE
     }
 
     #[cold]
     fn wait(&self, limit: Option<Instant>) -> bool {
         loop {
             for _ in 0..SPINS {
-                if self.0.load(Ordering::Relaxed) == 0 && self.0.swap(1, Ordering::Acquire) == 0 {
+                if self.0.load(Ordering::Relaxed) == FREE && self.take() {
                     return true;
                 }
                 spin_loop();
@@ -52,7 +90,8 @@ impl QueueLock {
 impl Drop for QueueGuard<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.0.0.store(0, Ordering::Release);
+        // SAFETY: this is the guard, and it is going.
+        unsafe { self.0.give_back() };
     }
 }
 

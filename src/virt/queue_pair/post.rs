@@ -1,25 +1,26 @@
 //! Posting: the hot path. docs/work-logs.md has the argument and the budget.
 
+use std::arch::asm;
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use rdma_core_sys::{
-    IBV_QPT_UD, IBV_SEND_INLINE, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM,
-    IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_recv_wr, ibv_send_wr,
-    ibv_sge,
+    IBV_QPT_UD, IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM,
+    ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_recv_wr, ibv_send_wr, ibv_sge,
 };
 
 use super::QueuePair;
 use crate::errno::{Errno, Verb};
 use crate::handle::{Psn, VirtualKey};
-use crate::log::{SendRing, SendSlot, is_simple};
+use crate::log::{SendRing, SendSlot, copy_payload};
 use crate::translate::{Directory, KeyTable};
 use crate::virt::address_handle::AddressHandle;
 use crate::virt::context::Context;
-use crate::virt::lock::QueueLock;
+use crate::virt::lock::{QueueGuard, QueueLock};
 use crate::virt::process::process;
 use crate::virt::receive_queue::local_key;
 
@@ -36,6 +37,9 @@ const NO_KEY: (u64, u32) = (u64::MAX, 0);
 
 type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
 
+/// The two kinds of SEND, which name no remote key, differ in the lowest bit.
+const _: () = assert!(IBV_WR_SEND & 1 == 0 && IBV_WR_SEND_WITH_IMM == IBV_WR_SEND | 1);
+
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(super) struct SendQueue {
@@ -50,6 +54,9 @@ pub(super) struct SendQueue {
 pub(super) struct State {
     hardware: *mut ibv_qp,
     post: PostSend,
+    /// The request being posted and where to say that it is bad; kept here, not in registers saved on every call.
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
     pub(super) ring: SendRing,
     /// The first entry that was held; null if none is.
     held_from: *mut SendSlot,
@@ -58,12 +65,36 @@ pub(super) struct State {
     capacity: u32,
     /// Room for the elements of one translated request.
     elements: Box<[ibv_sge]>,
+    /// A translated request of one element, with `sg_list` at `elements` and no next.
+    copy: ibv_send_wr,
     /// Remote keys of the peer; `None` before the first restart, or for a peer that is younger.
     peer_keys: Option<Arc<KeyTable>>,
-    /// The translation used last, which the next request most likely needs again.
-    last_local: (u64, u32),
+    /// The translations used last, which the next request most likely needs again.
+    last_local: LastLocal,
     last_remote: (u64, u32),
 }
+
+/// A local key, good as long as no region has been deregistered since: its number may be given to another then.
+#[derive(Clone, Copy, Debug)]
+struct LastLocal {
+    key: u32,
+    hardware: u32,
+    /// Of the table; [`u64::MAX`] is none it ever has.
+    generation: u64,
+}
+
+impl LastLocal {
+    #[inline(always)]
+    fn is(&self, context: &Context, key: u32) -> bool {
+        self.key == key && self.generation == context.lkeys.generation()
+    }
+}
+
+const NO_LOCAL: LastLocal = LastLocal {
+    key: 0,
+    hardware: 0,
+    generation: u64::MAX,
+};
 
 /// `ibv_post_send`.
 ///
@@ -77,29 +108,241 @@ pub unsafe fn post_send(
 ) -> c_int {
     // SAFETY: as the caller vouches.
     let pair = unsafe { QueuePair::of(app) };
-    // SAFETY: as the caller vouches; `state` is only touched under the lock.
+    let queue = &pair.send;
+    // Whatever is not the plain case is left to a function that is not come back from and does not unwind: so this one has
+    // next to nothing in registers that it would have to save.
+    let Some(guard) = queue.lock.try_lock() else {
+        // SAFETY: as the caller vouches.
+        return unsafe { post_contended(app, request, bad) };
+    };
+    // SAFETY: as the caller vouches; `state` is only touched under the lock. By pointer: the device is called in between,
+    // and what is needed after it is read again. Nothing here unwinds, so no guard has to be kept for that.
     unsafe {
-        let _guard = pair.send.lock.lock();
-        let state = &mut *pair.send.state.get();
+        std::mem::forget(guard);
+        let state = queue.state.get();
+        if queue.general.load(Ordering::Relaxed) != 0 {
+            return post_translated(app, request, bad);
+        }
         let wr = &*request;
-        let odd = wr.next.addr() as u64
-            | u64::from((wr.num_sge ^ 1) as u32)
-            | u64::from(wr.send_flags & IBV_SEND_INLINE)
-            | u64::from(pair.send.general.load(Ordering::Relaxed));
-        if odd == 0 && !state.ring.is_at_limit() && is_simple(wr) {
-            let slot = state.ring.log_one(request);
-            let mut refused = std::ptr::null_mut();
-            let code = (state.post)(state.hardware, &raw mut (*slot).wr, &raw mut refused);
-            if code == 0 {
-                state.ring.commit(slot);
-            } else {
-                *bad = request;
+        if !(*state).ring.takes_plain(wr) {
+            return post_slowly(app, request, bad);
+        }
+        let element = wr.sg_list;
+        if !(*state).ring.is_one_packet((*element).length) {
+            return post_large(app, request, bad);
+        }
+        post_plain(app, request, element, 1, bad)
+    }
+}
+
+/// Logs a plain request and posts it as it is. Gives the lock back.
+#[inline(always)]
+unsafe fn post_plain(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    element: *const ibv_sge,
+    packets: u32,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    let request = forget_origin(request);
+    // SAFETY: the lock is held; the caller vouches for the rest. By pointer, as above.
+    unsafe {
+        let state = QueuePair::of(app).send.state.get();
+        (*state).request = request;
+        (*state).bad = bad;
+        let slot = (*state).ring.log_one(request, element, packets);
+        (*state).ring.commit(slot);
+        let code = ((*state).post)((*state).hardware, &raw mut (*slot).wr, bad);
+        if code != 0 {
+            return take_back(app, code);
+        }
+        QueuePair::of(forget_origin(app)).send.lock.give_back();
+        code
+    }
+}
+
+/// The same pointer. The compiler no longer knows that addresses behind it were computed before, and so folds them into the
+/// instructions that use them instead of keeping them: three instructions less.
+#[inline(always)]
+fn forget_origin<T>(mut pointer: *mut T) -> *mut T {
+    // SAFETY: there is no instruction in it.
+    unsafe {
+        asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
+    }
+    pointer
+}
+
+/// A plain request of any number of packets.
+unsafe extern "C" fn post_large(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the rest.
+    unsafe {
+        let ring = &(*QueuePair::of(app).send.state.get()).ring;
+        let element = (*request).sg_list;
+        let packets = ring.packets((*element).length);
+        post_plain(app, request, element, packets, bad)
+    }
+}
+
+/// The lock was taken when it was wanted.
+#[cold]
+unsafe extern "C" fn post_contended(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        std::mem::forget(QueuePair::of(app).send.lock.lock());
+        post_slowly(app, request, bad)
+    }
+}
+
+/// The device refused the request that was logged last. Gives the lock back.
+#[cold]
+unsafe extern "C" fn take_back(app: *mut ibv_qp, code: c_int) -> c_int {
+    // SAFETY: the lock is held; the caller has just logged and posted one request, and kept where it came from.
+    unsafe {
+        let queue = &QueuePair::of(app).send;
+        let _guard = queue.lock.adopt();
+        let state = &mut *queue.state.get();
+        state.ring.undo_last();
+        *state.bad = state.request;
+    }
+    code
+}
+
+/// After a restart a plain request is logged as it is, and posted as a copy with the hardware's keys. Gives the lock back.
+unsafe extern "C" fn post_translated(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the request. By pointer, as above.
+    unsafe {
+        let pair = QueuePair::of(app);
+        let state = pair.send.state.get();
+        let element = (*request).sg_list;
+        if pair.send.general.load(Ordering::Relaxed) != TRANSLATE
+            || !(*state).ring.takes_plain(&*request)
+        {
+            return post_slowly(app, request, bad);
+        }
+        if !(*state).last_local.is(pair.context, (*element).lkey) {
+            return look_up_local(app, request, bad);
+        }
+        let remote = (*request).opcode & !1 != IBV_WR_SEND;
+        if remote && u64::from(*remote_key(request)) != (*state).last_remote.0 {
+            return look_up_remote(app, request, bad);
+        }
+        (*state).request = request;
+        (*state).bad = bad;
+        let packets = match (*state).ring.is_one_packet((*element).length) {
+            true => 1,
+            false => (*state).ring.packets((*element).length),
+        };
+        let slot = (*state).ring.log_one(request, element, packets);
+        (*state).ring.commit(slot);
+        let copy = &raw mut (*state).copy;
+        (*copy).wr_id = (*slot).wr.wr_id;
+        copy_payload(request, copy);
+        let translated = (*copy).sg_list;
+        *translated = *element;
+        (*translated).lkey = (*state).last_local.hardware;
+        if remote {
+            *remote_key(copy) = (*state).last_remote.1;
+        }
+        let code = ((*state).post)((*state).hardware, copy, bad);
+        if code != 0 {
+            return take_back(app, code);
+        }
+        pair.send.lock.give_back();
+        code
+    }
+}
+
+/// Where a request that is not a SEND has the peer's key.
+#[inline(always)]
+unsafe fn remote_key(request: *mut ibv_send_wr) -> *mut u32 {
+    // SAFETY: only places are computed; the opcode says which of the union's fields it is.
+    unsafe {
+        if (*request).opcode < IBV_WR_ATOMIC_CMP_AND_SWP {
+            &raw mut (*request).wr.rdma.rkey
+        } else {
+            &raw mut (*request).wr.atomic.rkey
+        }
+    }
+}
+
+/// [`post_translated`] with another remote key than last time.
+unsafe extern "C" fn look_up_remote(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the request, which is not a SEND.
+    unsafe {
+        let pair = QueuePair::of(app);
+        (*pair.send.state.get()).remote(*remote_key(request));
+        post_translated(app, request, bad)
+    }
+}
+
+/// [`post_translated`] with another local key than last time.
+unsafe extern "C" fn look_up_local(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the request.
+    unsafe {
+        let pair = QueuePair::of(app);
+        let key = (*(*request).sg_list).lkey;
+        // Before the table: what is removed meanwhile makes the answer stale.
+        let generation = pair.context.lkeys.generation();
+        match pair.context.lkeys.get(key) {
+            Some(hardware) => {
+                (*pair.send.state.get()).last_local = LastLocal {
+                    key,
+                    hardware,
+                    generation,
+                };
+                post_translated(app, request, bad)
             }
-            return code;
+            // Refused, or of no length.
+            None => post_slowly(app, request, bad),
+        }
+    }
+}
+
+/// Everything else. Gives the lock back.
+unsafe extern "C" fn post_slowly(
+    app: *mut ibv_qp,
+    request: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the chain.
+    unsafe {
+        let queue = &QueuePair::of(app).send;
+        let ring = &mut (*queue.state.get()).ring;
+        // Once or twice in a lap over the ring there is room after all. Each of these leads here again only if this is not so.
+        if ring.is_at_limit() && ring.make_room().is_ok() {
+            return match queue.general.load(Ordering::Relaxed) {
+                0 if ring.takes_plain(&*request) => post_large(app, request, bad),
+                _ => post_translated(app, request, bad),
+            };
         }
     }
     // SAFETY: as above.
-    unsafe { pair.send.post_general(pair.context, request, bad) }
+    let posted = catch_unwind(AssertUnwindSafe(|| unsafe {
+        let pair = QueuePair::of(app);
+        pair.send
+            .post_slowly(pair.send.lock.adopt(), pair.context, request, bad)
+    }));
+    posted.unwrap_or(libc::EIO)
 }
 
 /// `ibv_post_recv`.
@@ -130,17 +373,19 @@ unsafe extern "C" fn refuse(
 }
 
 impl SendQueue {
-    #[inline(never)]
-    unsafe fn post_general(
+    unsafe fn post_slowly(
         &self,
+        guard: QueueGuard<'_>,
         context: &Context,
         first: *mut ibv_send_wr,
         bad: *mut *mut ibv_send_wr,
     ) -> c_int {
+        let mut guard = guard;
         while self.general.load(Ordering::Relaxed) & WANTED != 0 {
+            drop(guard);
             std::thread::yield_now();
+            guard = self.lock.lock();
         }
-        let _guard = self.lock.lock();
         let general = self.general.load(Ordering::Relaxed);
         // SAFETY: the lock is held; the caller vouches for the chain.
         unsafe { (*self.state.get()).post_general(general, context, first, bad) }
@@ -287,18 +532,15 @@ impl State {
                     for index in 0..copy.num_sge as usize {
                         let element = *copy.sg_list.add(index);
                         self.elements[index] = ibv_sge {
-                            lkey: self.local(context, &element)?,
+                            lkey: local_key(context, &element)?,
                             ..element
                         };
                     }
                     copy.sg_list = self.elements.as_mut_ptr();
                 }
-                match copy.opcode {
-                    IBV_WR_SEND | IBV_WR_SEND_WITH_IMM => {}
-                    IBV_WR_RDMA_WRITE | IBV_WR_RDMA_WRITE_WITH_IMM | IBV_WR_RDMA_READ => {
-                        copy.wr.rdma.rkey = self.remote(copy.wr.rdma.rkey);
-                    }
-                    _ => copy.wr.atomic.rkey = self.remote(copy.wr.atomic.rkey),
+                if copy.opcode & !1 != IBV_WR_SEND {
+                    let key = remote_key(&mut copy);
+                    *key = self.remote(*key);
                 }
             }
             let mut refused = std::ptr::null_mut();
@@ -306,16 +548,7 @@ impl State {
         }
     }
 
-    #[inline(always)]
-    fn local(&mut self, context: &Context, element: &ibv_sge) -> Verb<u32> {
-        if u64::from(element.lkey) != self.last_local.0 {
-            self.last_local = (u64::from(element.lkey), local_key(context, element)?);
-        }
-        Ok(self.last_local.1)
-    }
-
     /// A key that is not in the peer's table is younger than the restart and means itself.
-    #[inline(always)]
     fn remote(&mut self, key: u32) -> u32 {
         if u64::from(key) != self.last_remote.0 {
             let found = self
@@ -333,13 +566,17 @@ impl SendQueue {
         let state = State {
             hardware: std::ptr::null_mut(),
             post: refuse,
+            request: std::ptr::null_mut(),
+            bad: std::ptr::null_mut(),
             ring: SendRing::default(),
             held_from: std::ptr::null_mut(),
             held_psn: 0,
             capacity: 0,
             elements: Box::default(),
+            // SAFETY: zero is a valid request.
+            copy: unsafe { std::mem::zeroed() },
             peer_keys: None,
-            last_local: NO_KEY,
+            last_local: NO_LOCAL,
             last_remote: NO_KEY,
         };
         Self {
@@ -369,6 +606,7 @@ impl SendQueue {
                     room
                 ]
                 .into();
+                state.copy.sg_list = state.elements.as_mut_ptr();
                 if process().translates() {
                     self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
                 }
@@ -395,7 +633,7 @@ impl SendQueue {
     pub(super) fn set_peer_keys(&self, keys: Option<Arc<KeyTable>>) {
         self.with(|state| {
             state.peer_keys = keys;
-            (state.last_local, state.last_remote) = (NO_KEY, NO_KEY);
+            (state.last_local, state.last_remote) = (NO_LOCAL, NO_KEY);
         });
     }
 
@@ -445,7 +683,7 @@ impl SendQueue {
     pub(super) fn translate(&self) {
         self.with(|state| {
             self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
-            (state.last_local, state.last_remote) = (NO_KEY, NO_KEY);
+            (state.last_local, state.last_remote) = (NO_LOCAL, NO_KEY);
         });
     }
 
