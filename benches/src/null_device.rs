@@ -12,11 +12,11 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rdma_core_sys::{
-    IBV_LINK_LAYER_ETHERNET, IBV_MTU_1024, IBV_MTU_4096, IBV_PORT_ACTIVE, IBV_QP_RQ_PSN,
-    IBV_QP_STATE, IBV_SEND_SIGNALED, IBV_WC_RECV, IBV_WC_SEND, IBV_WC_SUCCESS, ibv_async_event,
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp,
-    ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_srq_attr,
-    ibv_srq_init_attr, ibv_wc, verbs_context,
+    IBV_GID_TYPE_ROCE_V2, IBV_LINK_LAYER_ETHERNET, IBV_MTU_1024, IBV_MTU_4096, IBV_PORT_ACTIVE,
+    IBV_QP_RQ_PSN, IBV_QP_STATE, IBV_SEND_SIGNALED, IBV_WC_RECV, IBV_WC_SEND, IBV_WC_SUCCESS,
+    ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_gid, ibv_gid_entry,
+    ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr,
+    ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc, verbs_context,
 };
 use reverbs::device::Verbs;
 
@@ -51,6 +51,7 @@ fn resolve(name: &CStr) -> *mut c_void {
         b"ibv_get_device_name" => get_device_name as *const c_void,
         b"ibv_open_device" => open_device as *const c_void,
         b"ibv_close_device" => close_device as *const c_void,
+        b"_ibv_query_gid_table" => query_gid_table as *const c_void,
         b"ibv_get_async_event" => get_async_event as *const c_void,
         b"ibv_alloc_pd" => alloc_pd as *const c_void,
         b"ibv_dealloc_pd" => dealloc_pd as *const c_void,
@@ -152,6 +153,27 @@ unsafe extern "C" fn query_port(
         };
     }
     0
+}
+
+extern "C" fn query_gid_table(
+    _: *mut ibv_context,
+    entries: *mut ibv_gid_entry,
+    room: usize,
+    _: u32,
+    _: usize,
+) -> isize {
+    assert!(room > 0, "room for the one entry");
+    // SAFETY: see the top.
+    unsafe {
+        *entries = ibv_gid_entry {
+            gid: ibv_gid { raw: GID },
+            gid_index: 0,
+            port_num: 1,
+            gid_type: IBV_GID_TYPE_ROCE_V2,
+            ndev_ifindex: 0,
+        };
+    }
+    1
 }
 
 /// No event ever happens.
