@@ -132,9 +132,26 @@ impl Verbs {
     /// # Errors
     /// `ENODEV` if there is none of that name, else the device's `errno`.
     pub fn open(&self, name: &CStr) -> Verb<*mut ibv_context> {
+        self.open_where(|_, candidate| candidate == name)
+    }
+
+    /// Opens the device whose char device is called `node` (`uverbs0`). libibverbs keeps its list across a restore on
+    /// another boot and takes a device of the same number there for the one it knew, name and all (`same_sysfs_dev`).
+    ///
+    /// # Errors
+    /// `ENODEV` if there is none, else the device's `errno`.
+    pub fn open_node(&self, node: &CStr) -> Verb<*mut ibv_context> {
+        // SAFETY: the array holds a C string (`try_driver` of libibverbs copies one).
+        self.open_where(|device, _| unsafe { CStr::from_ptr((*device).dev_name.as_ptr()) == node })
+    }
+
+    fn open_where(
+        &self,
+        wanted: impl Fn(*mut ibv_device, &CStr) -> bool,
+    ) -> Verb<*mut ibv_context> {
         let mut found = Err(Errno::NO_DEVICE);
-        self.with_devices(|device, candidate| {
-            if candidate == name {
+        self.with_devices(|device, name| {
+            if wanted(device, name) {
                 // SAFETY: `device` comes from the list, which is freed only after this call.
                 found = self.pointer(unsafe { (self.ibv_open_device)(device) });
             }

@@ -5,8 +5,10 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use kmod_compat::devices::{self, RdmaDevice};
 use kmod_compat::ports::DeviceFacts;
 use kmod_compat::substitute::substitute;
+use kmod_compat::sysfs::Sysfs;
 use kmod_compat::sysfs_tree;
 
 use super::Phase;
@@ -55,10 +57,12 @@ pub(crate) fn rebuild(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
 fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()> {
     let name = choose(context, choices)?;
     let cname = CString::new(name.clone()).map_err(|error| error.to_string())?;
-    let hardware = context
-        .verbs
-        .open(&cname)
-        .map_err(|error| format!("cannot open device {name}: {error}"))?;
+    let hardware = match node_of(&name).and_then(|node| CString::new(node).ok()) {
+        Some(node) => context.verbs.open_node(&node),
+        // A device that the kernel does not know.
+        None => context.verbs.open(&cname),
+    };
+    let hardware = hardware.map_err(|error| format!("cannot open device {name}: {error}"))?;
     context.set_hardware(hardware);
     let same_device = context.hardware_name() == name;
     context.set_hardware_name(&cname);
@@ -81,10 +85,16 @@ fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
     if let Some(choice) = asked.or_else(|| choices.iter().find(|choice| choice.from.is_none())) {
         return Ok(choice.to.clone());
     }
-    let names = context
-        .verbs
-        .device_names()
-        .map_err(|error| format!("cannot list devices: {error}"))?;
+    let mut names: Vec<String> = kernel_devices()
+        .into_iter()
+        .map(|device| device.name)
+        .collect();
+    if names.is_empty() {
+        names = context
+            .verbs
+            .device_names()
+            .map_err(|error| format!("cannot list devices: {error}"))?;
+    }
     let wanted = lock(&context.first_seen).clone();
     let has_address = |name: &&String| {
         let (Some(wanted), Ok(now)) = (&wanted, ports::facts(name)) else {
@@ -110,6 +120,23 @@ fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
     by_name.or_else(|| names.iter().find(has_address)).or(only).cloned().ok_or_else(|| {
         format!("no device here is {first} or has its address; choose one with --device {first}=NAME: {}", names.join(", "))
     })
+}
+
+/// The kernel is asked for what there is: the inner libibverbs may remember another boot.
+fn kernel_devices() -> Vec<RdmaDevice> {
+    let devices = devices::list(&Sysfs::host()).unwrap_or_default();
+    devices
+        .into_iter()
+        .filter(|device| device.uverbs.is_some())
+        .collect()
+}
+
+/// The name of a device's char device.
+fn node_of(name: &str) -> Option<String> {
+    let device = kernel_devices()
+        .into_iter()
+        .find(|device| device.name == name)?;
+    device.uverbs.map(|node| node.name)
 }
 
 fn map_ports(context: &Context, first_seen: &DeviceFacts) -> Phase<()> {

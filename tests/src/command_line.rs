@@ -62,7 +62,12 @@ pub fn run() -> Result<bool> {
     }
     let mut cases = case::all();
     if !arguments.filter.is_empty() {
-        cases.retain(|case| arguments.filter.iter().any(|part| matches(&case.name, part)));
+        cases.retain(|case| {
+            arguments
+                .filter
+                .iter()
+                .any(|part| matches(&case.name, part))
+        });
     }
     if arguments.list {
         for case in &cases {
