@@ -39,30 +39,13 @@ pub const RUNS: &[Run] = &[
         options: &[],
         timeout: 1500,
     },
-    // Fresh hardware under a running job, a few times.
+    // Fresh hardware under a running job, a few times; checkpoints that fail or meet another.
     Run {
         name: "cycles",
         bare: false,
         long: false,
-        cases: &[
-            "=cycle-rc",
-            "=cycle-rc-events",
-            "=cycle-ud-srq",
-            "=cycle-mpi-np2",
-        ],
-        options: &["--cycles", "12"],
-        timeout: 900,
-    },
-    Run {
-        name: "restarts",
-        bare: false,
-        long: false,
-        cases: &[
-            "=restart-rc",
-            "=restart-mpi-np2-other-device",
-            "=fail-no-criu",
-        ],
-        options: &[],
+        cases: &["=cycle-rc", "=fail-no-criu", "=two-checkpoints"],
+        options: &["--cycles", "10"],
         timeout: 900,
     },
     Run {
