@@ -459,9 +459,10 @@ impl CompletionQueue {
         completions: *mut ibv_wc,
     ) -> c_int {
         // SAFETY: the lock is held.
+        let state = unsafe { &mut *self.state.get() };
         let mut state = Locked {
             _guard: guard,
-            state: unsafe { &mut *self.state.get() },
+            state,
         };
         let room = usize::try_from(count).unwrap_or(0);
         let general = self.general.load(Ordering::Relaxed);

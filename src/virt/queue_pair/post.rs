@@ -164,6 +164,10 @@ unsafe fn post_plain(
 /// The same pointer. The compiler no longer knows that addresses behind it were computed before, and so folds them into the
 /// instructions that use them instead of keeping them: three instructions less.
 #[inline(always)]
+#[allow(
+    clippy::pointers_in_nomem_asm_block,
+    reason = "no memory is touched: there is no instruction in it"
+)]
 fn forget_origin<T>(mut pointer: *mut T) -> *mut T {
     // SAFETY: there is no instruction in it.
     unsafe {
