@@ -19,7 +19,7 @@ pub struct Run {
 
 /// All runs, in order.
 pub const RUNS: &[Run] = &[
-    // Stock clients, own programs, MPI, and the faults that these must notice.
+    // Stock clients, own programs, MPI.
     Run {
         name: "provider",
         bare: false,
@@ -34,7 +34,6 @@ pub const RUNS: &[Run] = &[
             "^rc-",
             "^ud-srq",
             "^mpi",
-            "^fault",
         ],
         options: &[],
         timeout: 1500,
