@@ -8,7 +8,8 @@ use crate::control::message::{
     ContextStatus, MemoryRegionStatus, Phase, ProcessStatus, QueuePairStatus, Session,
 };
 use crate::virt::context::Context;
-use crate::virt::process::{lock, process};
+use crate::virt::ports;
+use crate::virt::process::process;
 use crate::virt::queue_pair::QueuePair;
 
 /// The registry must hold still: the caller is inside the gate, or has closed it.
@@ -35,10 +36,7 @@ fn context_status(context: &'static Context) -> ContextStatus {
         ContextStatus {
             device: context.name(),
             hardware_device: context.hardware_name(),
-            ports: lock(&context.ports)
-                .iter()
-                .map(|port| port.numbers.clone())
-                .collect(),
+            ports: ports::numbers(context),
             queue_pairs: objects
                 .queue_pairs
                 .iter()

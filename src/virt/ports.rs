@@ -109,6 +109,42 @@ pub(crate) fn ports_now(context: &Context, ports: &[u8]) -> Verb<Vec<PortNow>> {
     ports.iter().map(port_now).collect()
 }
 
+/// Old and new numbers of the ports of a context; before the first restart the hardware's own stand for both.
+pub(crate) fn numbers(context: &Context) -> Vec<PortNumbers> {
+    let known: Vec<_> = lock(&context.ports)
+        .iter()
+        .map(|port| port.numbers.clone())
+        .collect();
+    if !known.is_empty() || context.hardware().is_null() {
+        return known;
+    }
+    // SAFETY: zero is valid for the attributes; the hardware is there.
+    let count = unsafe {
+        let mut attr: rdma_core_sys::ibv_device_attr_ex = std::mem::zeroed();
+        let size = size_of_val(&attr);
+        let asked = crate::device::query_device_ex(
+            context.hardware(),
+            std::ptr::null(),
+            &raw mut attr,
+            size,
+        );
+        asked.map_or(0, |()| attr.orig_attr.phys_port_cnt)
+    };
+    let numbers: Vec<u8> = (1..=count).collect();
+    let now = ports_now(context, &numbers).unwrap_or_default();
+    let identity = |(port, now): (&u8, &PortNow)| PortNumbers {
+        port: *port,
+        lid: (VirtualLid(now.lid), HardwareLid(now.lid)),
+        gids: now
+            .gids
+            .iter()
+            .filter(|entry| !entry.gid.is_zero())
+            .map(|entry| (VirtualGid(entry.gid.0), HardwareGid(entry.gid.0)))
+            .collect(),
+    };
+    numbers.iter().zip(&now).map(identity).collect()
+}
+
 /// What the kernel says of a device.
 pub(crate) fn facts(name: &str) -> Verb<DeviceFacts> {
     read_device(FACTS.get_or_init(Sysfs::host), name).map_err(|error| {
