@@ -47,7 +47,7 @@ fn log(ring: &mut SendRing, wr_id: u64, length: u32) -> Result<*mut SendSlot, Er
     }
     // SAFETY: the request is valid and there is room.
     unsafe {
-        let slot = if ring.takes_plain(&wr) && wr_id % 2 == 0 {
+        let slot = if ring.takes_plain(&wr) && wr_id.is_multiple_of(2) {
             let packets = if ring.is_one_packet(length) {
                 1
             } else {
