@@ -58,7 +58,7 @@ impl State {
 
     /// Carries out a request.
     pub(super) fn answer(&mut self, request: Request) -> Reply {
-        let name = name_of(&request);
+        let name = request.name();
         match self.carry_out(request) {
             Ok(reply) => {
                 tracing::debug!(request = name, phase = ?self.phase, "done");
@@ -223,24 +223,5 @@ impl State {
             tracing::warn!(note);
         }
         self.notes.extend(notes);
-    }
-}
-
-fn name_of(request: &Request) -> &'static str {
-    match request {
-        Request::Hello { .. } => "hello",
-        Request::Begin { .. } => "begin",
-        Request::Examine => "examine",
-        Request::Close { .. } => "close",
-        Request::Drain { .. } => "drain",
-        Request::Stop { .. } => "stop",
-        Request::Responders => "responders",
-        Request::Settle { .. } => "settle",
-        Request::Release => "release",
-        Request::Rebuild { .. } => "rebuild",
-        Request::Publish => "publish",
-        Request::Connect { .. } => "connect",
-        Request::Resume => "resume",
-        Request::Status => "status",
     }
 }

@@ -66,6 +66,29 @@ pub enum Request {
     Status,
 }
 
+impl Request {
+    /// For logs and messages.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello { .. } => "hello",
+            Self::Begin { .. } => "begin",
+            Self::Examine => "examine",
+            Self::Close { .. } => "close",
+            Self::Drain { .. } => "drain",
+            Self::Stop { .. } => "stop",
+            Self::Responders => "responders",
+            Self::Settle { .. } => "settle",
+            Self::Release => "release",
+            Self::Rebuild { .. } => "rebuild",
+            Self::Publish => "publish",
+            Self::Connect { .. } => "connect",
+            Self::Resume => "resume",
+            Self::Status => "status",
+        }
+    }
+}
+
 /// What the agent answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]

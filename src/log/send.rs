@@ -152,12 +152,6 @@ impl SendRing {
         self.one_packet = mtu;
     }
 
-    /// The PSN after everything logged.
-    #[must_use]
-    pub fn psn(&self) -> Psn {
-        Psn(0).advance(self.psn)
-    }
-
     /// Is the room up to the known limit used up? Then [`Self::make_room`] must look again.
     #[inline(always)]
     #[must_use]

@@ -86,7 +86,7 @@ impl FakeJob {
     }
 
     fn answer(&mut self, pid: i32, request: &Request) -> Result<Reply, AgentFailure> {
-        let name = name(request);
+        let name = request.name();
         let Some(agent) = self.agents.get_mut(&pid) else {
             return Err(AgentFailure::Ended);
         };
@@ -216,7 +216,7 @@ impl Agents for FakeJob {
         if targets.is_empty() {
             return Vec::new();
         }
-        let name = name(request);
+        let name = request.name();
         self.asked.push(name);
         match request {
             Request::Stop { .. } => self.check_barrier(name, Phase::Closed),
@@ -238,24 +238,5 @@ impl Agents for FakeJob {
 
     fn is_alive(&self, session: &Session) -> bool {
         self.alive.contains(&session.pid)
-    }
-}
-
-fn name(request: &Request) -> &'static str {
-    match request {
-        Request::Hello { .. } => "hello",
-        Request::Begin { .. } => "begin",
-        Request::Examine => "examine",
-        Request::Close { .. } => "close",
-        Request::Drain { .. } => "drain",
-        Request::Stop { .. } => "stop",
-        Request::Responders => "responders",
-        Request::Settle { .. } => "settle",
-        Request::Release => "release",
-        Request::Rebuild { .. } => "rebuild",
-        Request::Publish => "publish",
-        Request::Connect { .. } => "connect",
-        Request::Resume => "resume",
-        Request::Status => "status",
     }
 }
