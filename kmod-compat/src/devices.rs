@@ -74,6 +74,9 @@ const DRIVER_NAMES: [&str; 21] = [
 ];
 
 impl DriverId {
+    /// Soft-RoCE.
+    pub const RXE: Self = Self(14);
+
     /// The driver's usual name, `None` for one that is newer than this table.
     pub fn name(self) -> Option<&'static str> {
         DRIVER_NAMES.get(usize::try_from(self.0).ok()?).copied()

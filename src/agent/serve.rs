@@ -4,11 +4,7 @@ use std::time::Duration;
 
 use crate::checkpoint::{self, Let, Stopped};
 use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
-use crate::virt::deputy;
 use crate::virt::process::process;
-
-/// How long to wait for a thread of the application that takes over.
-const DEPUTY_LIMIT: Duration = Duration::from_secs(3);
 
 /// Where the process stands.
 #[derive(Debug)]
@@ -18,10 +14,6 @@ pub(super) struct State {
     stopped: Stopped,
     left: Let,
     notes: Vec<String>,
-    /// When the process started, as the kernel counts. CRIU restores a process into a younger one.
-    started_at: String,
-    /// This is no longer the process that started the agent.
-    restored: bool,
 }
 
 impl Default for State {
@@ -32,23 +24,8 @@ impl Default for State {
             stopped: Stopped::default(),
             left: Let::default(),
             notes: Vec::new(),
-            started_at: start_time(),
-            restored: false,
         }
     }
-}
-
-/// The process's start time in ticks since boot, and the boot (`proc_pid_stat(5)`, field 22).
-fn start_time() -> String {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    // The name, field 2, may hold spaces; it ends at the last parenthesis.
-    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-    format!(
-        "{} {}",
-        fields.split_whitespace().nth(19).unwrap_or_default(),
-        boot.trim()
-    )
 }
 
 impl State {
@@ -124,9 +101,7 @@ impl State {
             }
             Request::Rebuild { devices } => {
                 self.require(&[Phase::Released])?;
-                let left = self.left.clone();
-                self.restored |= self.started_at != start_time();
-                self.as_application(move || checkpoint::rebuild(&devices, &left))?;
+                checkpoint::rebuild(&devices, &self.left)?;
                 self.enter(Phase::Rebuilt)
             }
             Request::Publish => {
@@ -177,7 +152,7 @@ impl State {
         self.require(&[Phase::Running, Phase::Closed, Phase::Connected])?;
         let opened = match self.phase {
             Phase::Closed => checkpoint::reopen(),
-            Phase::Connected => self.as_application(checkpoint::resume),
+            Phase::Connected => checkpoint::resume(),
             _ => Ok(()),
         };
         // What could not be posted is said, but the gates are open: the process runs.
@@ -187,15 +162,6 @@ impl State {
         self.session = None;
         self.stopped = Stopped::default();
         self.enter(Phase::Running)
-    }
-
-    /// After a restore, done by a thread of the application (`virt::deputy`); else here.
-    fn as_application<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        if self.restored {
-            deputy::run(DEPUTY_LIMIT, work)
-        } else {
-            work()
-        }
     }
 
     fn status(&self) -> Reply {

@@ -4,8 +4,10 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use kmod_compat::devices::{self, RdmaDevice};
+use kmod_compat::devices::{self, DriverId, RdmaDevice};
+use kmod_compat::netlink::Connection;
 use kmod_compat::ports::DeviceFacts;
 use kmod_compat::substitute::substitute;
 use kmod_compat::sysfs::Sysfs;
@@ -57,7 +59,17 @@ pub(crate) fn rebuild(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
 fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()> {
     let name = choose(context, choices)?;
     let cname = CString::new(name.clone()).map_err(|error| error.to_string())?;
-    let hardware = match node_of(&name).and_then(|node| CString::new(node).ok()) {
+    let known = kernel_devices()
+        .into_iter()
+        .find(|device| device.name == name);
+    context.rings_by_write.store(
+        known
+            .as_ref()
+            .is_some_and(|device| device.driver == Some(DriverId::RXE)),
+        Ordering::Relaxed,
+    );
+    let node = known.and_then(|device| CString::new(device.uverbs?.name).ok());
+    let hardware = match node {
         Some(node) => context.verbs.open_node(&node),
         // A device that the kernel does not know.
         None => context.verbs.open(&cname),
@@ -124,19 +136,16 @@ fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
 
 /// The kernel is asked for what there is: the inner libibverbs may remember another boot.
 fn kernel_devices() -> Vec<RdmaDevice> {
-    let devices = devices::list(&Sysfs::host()).unwrap_or_default();
+    let mut devices = devices::list(&Sysfs::host()).unwrap_or_default();
+    let identified =
+        Connection::open().and_then(|mut kernel| devices::identify(&mut devices, &mut kernel));
+    if let Err(error) = identified {
+        tracing::warn!(%error, "cannot ask for the drivers of the devices");
+    }
     devices
         .into_iter()
         .filter(|device| device.uverbs.is_some())
         .collect()
-}
-
-/// The name of a device's char device.
-fn node_of(name: &str) -> Option<String> {
-    let device = kernel_devices()
-        .into_iter()
-        .find(|device| device.name == name)?;
-    device.uverbs.map(|node| node.name)
 }
 
 fn map_ports(context: &Context, first_seen: &DeviceFacts) -> Phase<()> {

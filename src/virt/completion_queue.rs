@@ -483,8 +483,6 @@ impl CompletionQueue {
             return serve as c_int;
         }
         if general & CLOSED != 0 {
-            drop(state);
-            super::deputy::serve();
             return 0;
         }
         // SAFETY: not closed, so the hardware is there.
@@ -538,11 +536,15 @@ impl CompletionQueue {
         }
     }
 
-    /// Hands an event of the hardware on. The caller holds `Process::events`.
+    /// Hands an event of the hardware on, unless the application has had all that it asked for: at a resume hardware may fire
+    /// for what we have fired for already. The caller holds `Process::events`.
     pub(crate) fn notify(&self) {
         let Some(channel) = &self.channel else { return };
         let mut state = self.lock();
-        state.events = (state.events + 1).min(state.arms);
+        if state.events >= state.arms {
+            return;
+        }
+        state.events += 1;
         drop(state);
         let pointer = (self.app().expose_provenance() as u64).to_ne_bytes();
         if channel.pipe.write(&pointer) {

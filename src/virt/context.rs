@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::RawFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kmod_compat::ports::DeviceFacts;
@@ -43,6 +43,8 @@ pub struct Context {
     pub(crate) ports: Mutex<Vec<PortMap>>,
     /// Where queue pairs whose peer is gone are parked.
     pub(crate) dead_end: Mutex<Option<DeadEnd>>,
+    /// The device below was opened after a restart, and is of the kind whose doorbell may be refused (`queue_pair::doorbell`).
+    pub(crate) rings_by_write: AtomicBool,
     /// Leads the queries that libibverbs answers past the provider to a folder of ours.
     pub(crate) lead_queries: LeadQueries,
 }
@@ -127,6 +129,7 @@ pub unsafe fn open(
             first_seen: Mutex::default(),
             ports: Mutex::default(),
             dead_end: Mutex::default(),
+            rings_by_write: AtomicBool::new(false),
             lead_queries,
         }));
         // SAFETY: the context is open.

@@ -7,9 +7,6 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A verb that waits looks this often whether there is something to do for the agent.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
-
 #[derive(Debug, Default)]
 pub(crate) struct ControlGate {
     state: Mutex<State>,
@@ -41,10 +38,10 @@ impl ControlGate {
     pub(crate) fn enter(&self) -> Inside<'_> {
         let mut state = self.lock();
         while state.closed {
-            let waited = self.changed.wait_timeout(state, LOOK_AGAIN);
-            drop(waited);
-            super::deputy::serve();
-            state = self.lock();
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         state.inside += 1;
         Inside(self)

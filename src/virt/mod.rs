@@ -12,7 +12,6 @@ mod app;
 pub mod channel;
 pub mod completion_queue;
 pub mod context;
-pub(crate) mod deputy;
 pub(crate) mod gate;
 pub(crate) mod lock;
 pub mod memory_region;

@@ -147,10 +147,12 @@ fn cycle_mpi(job: &Job<'_>, ranks: u32, cycles: u32) -> Result<String> {
 fn cycle(root: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
     let mut times = Vec::new();
     let mut next = Instant::now();
+    let mut numbers = Numbers::on(&job.setup.device)?;
     for number in 1..=cycles {
         pause_until(root, next)?;
         let start = Instant::now();
-        once(root, job).with_context(|| format!("cycle {number} of {cycles}"))?;
+        numbers =
+            once(root, job, &numbers).with_context(|| format!("cycle {number} of {cycles}"))?;
         times.push(start.elapsed());
         // A cycle that takes longer than the pace must not leave the job without time to run.
         next = (start + job.setup.pace).max(Instant::now() + job.setup.pace / 2);
@@ -164,9 +166,9 @@ fn cycle(root: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
     ))
 }
 
-fn once(root: &mut Running, job: &Job<'_>) -> Result<()> {
+/// One cycle of hardware that has the numbers `before`; gives those it has then.
+fn once(root: &mut Running, job: &Job<'_>, before: &Numbers) -> Result<Numbers> {
     let device = &job.setup.device;
-    let before = Numbers::on(device)?;
     let mut command = job.setup.reverbs()?;
     command.arg("cycle").arg(root.pid().to_string());
     process::run(
@@ -176,13 +178,14 @@ fn once(root: &mut Running, job: &Job<'_>) -> Result<()> {
         job.deadline.at_most(CYCLE_LIMIT),
     )?;
     let after = Numbers::on(device)?;
-    after.check_all_new(&before)?;
+    after.check_all_new(before)?;
     let sent = packets_sent(device)?;
     root.wait_until(
         job.deadline.at_most(CYCLE_LIMIT),
         "it sent anything again",
         |_| Ok((packets_sent(device)? > sent).then_some(())),
-    )
+    )?;
+    Ok(after)
 }
 
 /// Lets the job run; an early end is an error.

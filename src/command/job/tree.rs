@@ -155,7 +155,12 @@ mod tests {
             )
             .unwrap();
         }
-        // A zombie is not a job.
+        // Until it is waited for it stays a zombie, which is not a job.
+        rustix::process::waitid(
+            rustix::process::WaitId::Pid(rustix::process::Pid::from_raw(root).unwrap()),
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+        )
+        .unwrap();
         assert!(ProcessTree::of(root).is_err());
         child.wait().unwrap();
     }

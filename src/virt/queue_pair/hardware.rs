@@ -14,6 +14,7 @@ use rdma_core_sys::{
 use super::QueuePair;
 use super::address::translate_address;
 use super::attributes::Attributes;
+use super::doorbell;
 use crate::control::message::QueuePairNumbers;
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareQpn, Psn};
@@ -74,6 +75,10 @@ impl QueuePair {
                 .ops
                 .post_send
                 .ok_or(Errno::NOT_SUPPORTED)?
+        };
+        let post = match self.context.rings_by_write.load(Ordering::Relaxed) {
+            true => doorbell::post_send,
+            false => post,
         };
         self.send.attach(self.hardware(), post);
         Ok(())

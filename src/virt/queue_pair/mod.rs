@@ -3,6 +3,7 @@
 mod address;
 mod attributes;
 mod datagram;
+mod doorbell;
 mod hardware;
 mod post;
 mod settle;
