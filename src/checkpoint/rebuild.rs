@@ -81,7 +81,8 @@ fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()>
     let first_seen = lock(&context.first_seen)
         .clone()
         .ok_or("the device was never let go of")?;
-    map_ports(context, &first_seen)?;
+    ports::map_ports(context, &first_seen)
+        .map_err(|error| format!("ports of device {name}: {error}"))?;
     lead_queries(context, &first_seen, same_device)?;
     // SAFETY: both contexts are open.
     unsafe { replace_command_file((*context.app()).cmd_fd, device::command_fd(hardware)) }
@@ -146,24 +147,6 @@ fn kernel_devices() -> Vec<RdmaDevice> {
         .into_iter()
         .filter(|device| device.uverbs.is_some())
         .collect()
-}
-
-fn map_ports(context: &Context, first_seen: &DeviceFacts) -> Phase<()> {
-    let name = context.hardware_name();
-    let numbers: Vec<u8> = first_seen
-        .ports
-        .iter()
-        .map(|port| port.number as u8)
-        .collect();
-    let now = ports::ports_now(context, &numbers)
-        .map_err(|error| format!("ports of device {name}: {error}"))?;
-    let maps = first_seen
-        .ports
-        .iter()
-        .zip(&now)
-        .map(|(then, now)| ports::map_port(then, now));
-    *lock(&context.ports) = maps.collect();
-    Ok(())
 }
 
 /// What libibverbs answers past the provider comes from a tree of the device as first seen.

@@ -3,5 +3,6 @@
 //! One request, one reply, over a unix stream socket that only its user can open (`socket`). A message is a length
 //! (u32, little endian) and that many bytes of JSON. The agent never speaks first.
 
+pub mod job_numbers;
 pub mod message;
 pub mod socket;

@@ -100,10 +100,13 @@ impl Directory {
         self.peers.get(&(address, qpn))
     }
 
-    /// Where to send what is addressed to a GID; `None` if no process of the job has it.
+    /// Where to send what is addressed to a GID; `None` if no process of the job has it. One that only the hardware has is told
+    /// by a process that is younger than the restart, and means itself.
     #[must_use]
     pub fn gid(&self, gid: VirtualGid) -> Option<HardwareGid> {
-        self.gids.get(&gid).copied()
+        let as_it_is = HardwareGid(gid.0);
+        let known = self.gids.get(&gid).copied();
+        known.or_else(|| self.gids_back.contains_key(&as_it_is).then_some(as_it_is))
     }
 
     /// The GID that the application knows for one that the hardware shows.

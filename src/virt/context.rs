@@ -14,14 +14,16 @@ use super::address_handle::AddressHandle;
 use super::channel::EventPipe;
 use super::completion_queue::CompletionQueue;
 use super::memory_region::MemoryRegion;
-use super::ports::{DeadEnd, PortMap};
+use super::ports::{self, DeadEnd, PortMap};
 use super::process::{Registered, lock, process};
 use super::protection_domain::ProtectionDomain;
 use super::queue_pair::QueuePair;
 use super::shared_receive_queue::SharedReceiveQueue;
+use crate::control::job_numbers;
+use crate::control::socket::runtime_dir;
 use crate::device::{self, Verbs};
 use crate::errno::{Errno, Verb};
-use crate::translate::KeyTable;
+use crate::translate::{Directory, KeyTable};
 
 /// An open device, from `ibv_open_device` to `ibv_close_device`.
 #[derive(Debug)]
@@ -106,6 +108,8 @@ pub unsafe fn open(
 ) -> Verb<Opened> {
     let process = process();
     process.check_owner()?;
+    // Before the job's numbers are looked for: an orchestrator that is about to leave them has to see us.
+    crate::agent::start();
     let _inside = process.gate.enter();
     let hardware = verbs.open(name)?;
     let result = (|| {
@@ -134,6 +138,7 @@ pub unsafe fn open(
         }));
         // SAFETY: the context is open.
         let completion_vectors = unsafe { (*hardware).num_comp_vectors };
+        join_restarted_job(context)?;
         context.watch_hardware_events();
         process.add_context(context);
         Ok(Opened {
@@ -145,8 +150,22 @@ pub unsafe fn open(
         // SAFETY: opened above, not used any more.
         unsafe { (verbs.ibv_close_device)(hardware) };
     }
-    crate::agent::start();
     result
+}
+
+/// A device opened after a restart of the job: peers name old things by old numbers (docs/identity.md, "Younger processes").
+fn join_restarted_job(context: &'static Context) -> Verb<()> {
+    let process = process();
+    if process.directory().is_none()
+        && let Ok(folder) = runtime_dir()
+        && let Some(numbers) = job_numbers::find(&folder, std::process::id().cast_signed())
+    {
+        process.learn(Arc::new(Directory::new(&numbers)));
+    }
+    match process.directory() {
+        Some(_) => ports::map_ports(context, &*ports::first_seen(context)?),
+        None => Ok(()),
+    }
 }
 
 /// Puts a duplicate of `from` under the number `to`, keeping close-on-exec.

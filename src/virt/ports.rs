@@ -172,6 +172,19 @@ pub(crate) fn first_seen(context: &Context) -> Verb<Arc<DeviceFacts>> {
     Ok(facts)
 }
 
+/// Sets the ports as the application first saw them beside those of the device below.
+pub(crate) fn map_ports(context: &Context, first_seen: &DeviceFacts) -> Verb<()> {
+    let numbers: Vec<u8> = first_seen
+        .ports
+        .iter()
+        .map(|port| port.number as u8)
+        .collect();
+    let now = ports_now(context, &numbers)?;
+    let maps = first_seen.ports.iter().zip(&now);
+    *lock(&context.ports) = maps.map(|(then, now)| map_port(then, now)).collect();
+    Ok(())
+}
+
 /// The addresses of a port in the application's terms.
 pub(crate) fn port_address(facts: &PortFacts) -> PortAddress {
     let gids = facts

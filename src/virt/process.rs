@@ -22,6 +22,7 @@ pub struct Process {
     /// Held while an event is handed to the application, and while an object that events can name is destroyed.
     events: Mutex<()>,
     rebuilds: AtomicU64,
+    translates: AtomicBool,
     /// This is a forked child: the hardware objects are its parent's.
     forked: AtomicBool,
 }
@@ -33,6 +34,7 @@ static PROCESS: Process = Process {
     directory: Mutex::new(None),
     events: Mutex::new(()),
     rebuilds: AtomicU64::new(0),
+    translates: AtomicBool::new(false),
     forked: AtomicBool::new(false),
 };
 
@@ -85,6 +87,7 @@ impl Process {
 
     pub(crate) fn learn(&self, directory: Arc<Directory>) {
         *lock(&self.directory) = Some(directory);
+        self.translates.store(true, Ordering::Release);
     }
 
     pub(crate) fn events(&self) -> MutexGuard<'_, ()> {
@@ -99,12 +102,13 @@ impl Process {
 
     pub(crate) fn count_rebuild(&self) {
         self.rebuilds.fetch_add(1, Ordering::AcqRel);
+        self.translates.store(true, Ordering::Release);
     }
 
-    /// Virtual and hardware numbers may differ: a restart has happened.
+    /// Virtual and hardware numbers may differ: the process, or the job before it came to it, was restarted.
     #[must_use]
     pub fn translates(&self) -> bool {
-        self.rebuilds() > 0
+        self.translates.load(Ordering::Acquire)
     }
 
     /// # Errors

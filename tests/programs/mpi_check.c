@@ -2,11 +2,12 @@
  *
  * mpi_check: an MPI program that checks every byte it receives.
  *
- *   mpi_check [--iterations N] [--until FILE]
+ *   mpi_check [--iterations N] [--until FILE] [--linger MILLISECONDS]
  *
  * It goes on for N rounds, or until FILE exists (rank 0 looks). A wrong byte, sum or status aborts
  * the job and says where. Otherwise each rank ends with "rank R done sum S" (S depends only on the
- * number of ranks and rounds), and rank 0 with "ok".
+ * number of ranks and rounds), and rank 0 with "ok". With --linger rank 0 says "finalizing" from
+ * within MPI_Finalize, and all ranks stay there for so long before anything is taken down.
  */
 #include <inttypes.h>
 #include <mpi.h>
@@ -187,10 +188,23 @@ static bool go_on(uint64_t iterations, const char *until)
 	return answer;
 }
 
+/* MPI_Finalize begins with the attributes of MPI_COMM_SELF (MPI 3.1, 8.7.1). */
+static int linger(MPI_Comm communicator, int key, void *milliseconds, void *state)
+{
+	(void)communicator, (void)key, (void)state;
+	if (rank == 0) {
+		printf("finalizing\n");
+		fflush(stdout);
+	}
+	usleep(*(unsigned int *)milliseconds * 1000);
+	return MPI_SUCCESS;
+}
+
 int main(int count, char **arguments)
 {
 	uint64_t iterations = 0, total = 0;
 	const char *until = NULL;
+	unsigned int milliseconds = 0;
 	unsigned char *out, *in;
 
 	MPI_Init(&count, &arguments);
@@ -201,6 +215,8 @@ int main(int count, char **arguments)
 			iterations = strtoull(arguments[i + 1], NULL, 0);
 		if (!strcmp(arguments[i], "--until"))
 			until = arguments[i + 1];
+		if (!strcmp(arguments[i], "--linger"))
+			milliseconds = strtoul(arguments[i + 1], NULL, 0);
 	}
 	if (!iterations == !until) {
 		fprintf(stderr, "usage: mpi_check --iterations N | --until FILE\n");
@@ -226,6 +242,12 @@ int main(int count, char **arguments)
 	printf("rank %d done sum %" PRIu64 " rounds %" PRIu64 "\n", rank, total, round_number);
 	fflush(stdout);
 	MPI_Barrier(MPI_COMM_WORLD);
+	if (milliseconds) {
+		int key;
+
+		MPI_Comm_create_keyval(MPI_COMM_NULL_COPY_FN, linger, &key, NULL);
+		MPI_Comm_set_attr(MPI_COMM_SELF, key, &milliseconds);
+	}
 	MPI_Finalize();
 	if (rank == 0)
 		printf("ok\n");

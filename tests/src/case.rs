@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::setup::{Deadline, Setup};
-use crate::{checkpoints, cycles, facts, failures, faults, own_programs, stock};
+use crate::{checkpoints, cycles, facts, failures, faults, moments, own_programs, stock};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -55,6 +55,8 @@ pub enum Action {
     Cycled(&'static cycles::Cycled),
     /// A job that is saved and brought back.
     Saved(&'static checkpoints::Saved),
+    /// A job that is saved while it starts or ends.
+    Moment(&'static moments::Moment),
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
 }
@@ -73,6 +75,7 @@ impl Case {
             Action::Fault(fault) => faults::run(fault, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),
             Action::Saved(saved) => checkpoints::run(saved, job),
+            Action::Moment(moment) => moments::run(moment, job),
             Action::Failing(failing) => failures::run(failing, job),
         }
     }
@@ -85,6 +88,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(faults::cases());
     cases.extend(cycles::cases());
     cases.extend(checkpoints::cases());
+    cases.extend(moments::cases());
     cases.extend(failures::cases());
     cases
 }

@@ -5,38 +5,22 @@
 //! only the provider). Then it runs on, and must end by itself with its own account.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::process::{Pid, Signal, WaitOptions, waitpid};
 use serde_json::Value;
 
 use crate::case::{Action, Case, Job, Needs};
-use crate::hardware::{Numbers, packets_sent};
+use crate::hardware::Numbers;
+use crate::jobs::{COMMAND_LIMIT, Kind, Started, wait_for_traffic};
 use crate::process::{self, Running};
-use crate::setup::{Deadline, Setup};
-use crate::{evidence, mpi, own_programs, tree};
 
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// The time limit of a single command. Under emulation CRIU takes seconds.
-const COMMAND_LIMIT: Duration = Duration::from_secs(180);
-
-/// How long a job may take to end once it is told to.
-const END_LIMIT: Duration = Duration::from_secs(120);
-
-/// So many packets more show that the job is at work: a round of `mpi_check` takes fewer.
-const PACKETS: u64 = 500;
-
 /// The device to which a job is brought back that leaves its own.
 const OTHER_DEVICE: &str = "rxe1";
-
-/// Between two looks at processes that are ending.
-const PAUSE: Duration = Duration::from_millis(20);
 
 /// A job that is saved and brought back.
 #[derive(Debug)]
@@ -54,15 +38,6 @@ enum How {
     OtherDevice,
     /// The job runs on after the checkpoint and is killed later.
     RunsOn,
-}
-
-/// The program of a job.
-#[derive(Clone, Copy, Debug)]
-pub enum Kind {
-    /// `rc_traffic`; SIGTERM makes it finish.
-    Traffic,
-    /// `mpi_check`; a file makes it finish.
-    Mpi { ranks: u32 },
 }
 
 const SAVED: &[Saved] = &[
@@ -84,6 +59,11 @@ const SAVED: &[Saved] = &[
     Saved {
         name: "restart-mpi-np4",
         kind: Kind::Mpi { ranks: 4 },
+        how: How::Stopped,
+    },
+    Saved {
+        name: "restart-deleted-file",
+        kind: Kind::Beside { what: "deleted" },
         how: How::Stopped,
     },
     Saved {
@@ -160,212 +140,6 @@ pub fn run(saved: &Saved, job: &Job<'_>) -> Result<String> {
         );
     }
     started.finish_in(&mut restart)
-}
-
-/// A job of its own session, started by `reverbs run`. Its output is in `FOLDER/job.out`, also
-/// after a restart.
-#[derive(Debug)]
-pub struct Started<'a> {
-    job: &'a Job<'a>,
-    kind: Kind,
-    runner: Running,
-    /// The root of the job's tree, which is below `runner`.
-    pub root: u32,
-}
-
-impl<'a> Started<'a> {
-    /// Starts a job and waits until its processes have met.
-    ///
-    /// # Errors
-    /// When they do not, or do not drive the device through the provider.
-    pub fn start(job: &'a Job<'a>, kind: Kind) -> Result<Self> {
-        let command = match kind {
-            Kind::Traffic => {
-                let mut command = own_programs::command(job.setup, "rc_traffic")?;
-                command.args(["--seed", "21"]);
-                command
-            }
-            Kind::Mpi { ranks } => {
-                let mut command = mpi::mpirun(job.setup, ranks, "mpi_check")?;
-                command.arg("--until").arg(until(&job.folder));
-                command
-            }
-        };
-        let pid_file = job.folder.join("job.pid");
-        let command = under_run(job.setup, &command, &pid_file)?;
-        let mut runner = Running::start(command, &job.folder, "job")?;
-        runner.wait_for_line(job.deadline, "ready")?;
-        let root = fs::read_to_string(&pid_file)?.trim().parse()?;
-        let found = match kind {
-            Kind::Traffic => vec![root],
-            Kind::Mpi { ranks } => {
-                let found = mpi::processes_called(root, "mpi_check");
-                ensure!(found.len() == ranks as usize, "ranks found: {found:?}");
-                found
-            }
-        };
-        for pid in found {
-            evidence::check_mode(pid, &job.setup.mode)?;
-        }
-        Ok(Self {
-            job,
-            kind,
-            runner,
-            root,
-        })
-    }
-
-    /// Waits until the job has visibly sent more.
-    ///
-    /// # Errors
-    /// When it ends or time runs out first.
-    pub fn wait_for_traffic(&mut self) -> Result<()> {
-        wait_for_traffic(&mut self.runner, &self.job.setup.device, self.job.deadline)
-    }
-
-    /// A `reverbs checkpoint` of this job.
-    ///
-    /// # Errors
-    /// When there is no `reverbs`.
-    pub fn checkpoint_command(&self, images: &Path) -> Result<Command> {
-        let mut command = self.job.setup.reverbs()?;
-        command.arg("checkpoint").arg(self.root.to_string());
-        command.arg("--images").arg(images);
-        Ok(command)
-    }
-
-    /// Takes a checkpoint and gives the path of the image. After one with `--stop` no process of
-    /// the job is left.
-    ///
-    /// # Errors
-    /// When it fails, there is no image, or a process lives that should not.
-    pub fn checkpoint(&mut self, options: &[&str]) -> Result<PathBuf> {
-        let pids = self.pids();
-        let mut command = self.checkpoint_command(&self.job.folder.join("images"))?;
-        command.args(options);
-        let mut checkpoint = Running::start(command, &self.job.folder, "checkpoint")?;
-        let deadline = self.job.deadline.at_most(COMMAND_LIMIT);
-        while checkpoint.ended()?.is_none() && !deadline.passed() {
-            // Ids of ended processes are free only when their parent took note, and orphans are ours.
-            reap(&pids);
-            std::thread::sleep(PAUSE);
-        }
-        checkpoint
-            .wait_for_success(deadline)
-            .context(checkpoint.errors()?)?;
-        if options.contains(&"--stop") {
-            reap(&pids);
-            let left: Vec<_> = pids.iter().filter(|pid| exists(**pid)).collect();
-            ensure!(left.is_empty(), "the job has ended, but not {left:?}");
-        }
-        let image = PathBuf::from(checkpoint.output()?.trim_end());
-        ensure!(
-            image.join("manifest.json").is_file(),
-            "no image at \"{}\"",
-            image.display()
-        );
-        Ok(image)
-    }
-
-    /// Lets the job end, and checks its account.
-    ///
-    /// # Errors
-    /// When it fails, or found anything wrong.
-    pub fn finish(mut self) -> Result<String> {
-        self.tell_to_finish()?;
-        let deadline = self.job.deadline.at_most(END_LIMIT);
-        self.runner.wait_for_success(deadline)?;
-        self.account()
-    }
-
-    /// The same for a job that is now below a `reverbs restart --wait`.
-    fn finish_in(&self, restart: &mut Running) -> Result<String> {
-        self.tell_to_finish()?;
-        restart.wait_for_success(self.job.deadline.at_most(END_LIMIT))?;
-        self.account()
-    }
-
-    fn tell_to_finish(&self) -> Result<()> {
-        match self.kind {
-            Kind::Traffic => process::signal_each(&[self.root], Signal::TERM),
-            Kind::Mpi { .. } => fs::write(until(&self.job.folder), "")?,
-        }
-        Ok(())
-    }
-
-    fn account(&self) -> Result<String> {
-        let output = self.runner.output()?;
-        match self.kind {
-            Kind::Traffic => {
-                own_programs::check_account(&output).map(|count| format!("{count} messages"))
-            }
-            Kind::Mpi { ranks } => {
-                mpi::check_account(&output, ranks).map(|count| format!("{count} rounds"))
-            }
-        }
-    }
-
-    /// Kills every process of the job.
-    fn kill(&mut self) -> Result<()> {
-        let pids = self.pids();
-        process::signal_each(&pids, Signal::KILL);
-        let deadline = self.job.deadline.at_most(END_LIMIT);
-        while pids.iter().any(|pid| exists(*pid)) {
-            ensure!(!deadline.passed(), "killed processes do not end");
-            reap(&pids);
-            std::thread::sleep(PAUSE);
-        }
-        Ok(())
-    }
-
-    fn pids(&self) -> Vec<u32> {
-        std::iter::once(self.root)
-            .chain(tree::descendants(self.root))
-            .collect()
-    }
-}
-
-/// The file whose existence makes `mpi_check` finish.
-fn until(folder: &Path) -> PathBuf {
-    folder.join("enough")
-}
-
-/// `reverbs run` for a command, with the command's own environment.
-fn under_run(setup: &Setup, command: &Command, pid_file: &Path) -> Result<Command> {
-    let mut run = setup.reverbs()?;
-    run.arg("run").arg("--pid-file").arg(pid_file).arg("--");
-    run.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => run.env(name, value),
-            None => run.env_remove(name),
-        };
-    }
-    Ok(run)
-}
-
-fn wait_for_traffic(root: &mut Running, device: &str, deadline: Deadline) -> Result<()> {
-    let enough = packets_sent(device)? + PACKETS;
-    root.wait_until(
-        deadline.at_most(COMMAND_LIMIT),
-        "it sent more packets",
-        |_| Ok((packets_sent(device)? > enough).then_some(())),
-    )
-}
-
-fn exists(pid: u32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
-}
-
-/// Takes note of the end of those that are our children by now.
-fn reap(pids: &[u32]) {
-    for pid in pids
-        .iter()
-        .filter_map(|pid| Pid::from_raw(pid.cast_signed()))
-    {
-        // Not our child, or not at its end: then it is not for us to do anything.
-        let _ = waitpid(Some(pid), WaitOptions::NOHANG);
-    }
 }
 
 /// Makes the other device give out numbers until it is beyond those of the job, so that the job

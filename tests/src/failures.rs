@@ -9,14 +9,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::case::{Action, Case, Job, Needs};
-use crate::checkpoints::{Kind, Started};
+use crate::jobs::{COMMAND_LIMIT, Kind, Started};
 use crate::process::Running;
 
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(600);
-
-/// The time limit of a single command.
-const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 
 /// A way to fail.
 #[derive(Debug)]
@@ -33,6 +30,11 @@ enum Why {
     NoCriu,
     /// The file system for images is far too small.
     DiskFull,
+    /// The job has something that cannot be saved; the error says this of it.
+    Holds {
+        what: &'static str,
+        said: &'static str,
+    },
     /// Another checkpoint of the same job is under way.
     Another,
 }
@@ -49,6 +51,27 @@ const FAILING: &[Failing] = &[
     Failing {
         name: "fail-disk-full",
         why: Why::DiskFull,
+    },
+    Failing {
+        name: "fail-foreign-descriptor",
+        why: Why::Holds {
+            what: "uverbs",
+            said: "/dev/infiniband/uverbs0",
+        },
+    },
+    Failing {
+        name: "fail-system-v",
+        why: Why::Holds {
+            what: "sysv",
+            said: "system v shared memory",
+        },
+    },
+    Failing {
+        name: "fail-terminal",
+        why: Why::Holds {
+            what: "console",
+            said: "/dev/console",
+        },
     },
     Failing {
         name: "two-checkpoints",
@@ -74,13 +97,17 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When the command does not fail as it should, leaves anything, or the job suffers.
 pub fn run(failing: &Failing, job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let kind = match failing.why {
+        Why::Holds { what, .. } => Kind::Beside { what },
+        _ => Kind::Traffic,
+    };
+    let mut started = Started::start(job, kind)?;
     started.wait_for_traffic()?;
+    let images = job.folder.join("images");
     let remark = match failing.why {
         // Not even root can make a folder there.
         Why::Unwritable => fail(&started, job, Path::new("/proc/nope"), None, "/proc/nope"),
         Why::NoCriu => {
-            let images = job.folder.join("images");
             let none = "/nonexistent/criu";
             fail(&started, job, &images, Some(none), none)
         }
@@ -90,6 +117,7 @@ pub fn run(failing: &Failing, job: &Job<'_>) -> Result<String> {
             small.unmount()?;
             said
         }
+        Why::Holds { said, .. } => fail(&started, job, &images, None, said),
         Why::Another => two_at_once(&started, job),
     }?;
     started.wait_for_traffic()?;

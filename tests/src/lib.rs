@@ -13,6 +13,8 @@ pub mod facts;
 pub mod failures;
 pub mod faults;
 pub mod hardware;
+pub mod jobs;
+pub mod moments;
 pub mod mpi;
 pub mod own_programs;
 pub mod process;

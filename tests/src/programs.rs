@@ -58,6 +58,12 @@ const PROGRAMS: &[Program] = &[
         libraries: &["-shared", "-fPIC"],
     },
     Program {
+        name: "holds",
+        compiler: "gcc",
+        sources: &["holds.c"],
+        libraries: &[],
+    },
+    Program {
         name: "mpi_check",
         compiler: "mpicc.openmpi",
         sources: &["mpi_check.c"],

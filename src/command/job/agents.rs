@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use reverbs::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
-use reverbs::control::socket;
+use reverbs::control::message::{PROTOCOL_VERSION, Phase, ProcessNumbers, Reply, Request, Session};
+use reverbs::control::{job_numbers, socket};
 
 use super::tree::{self, ProcessTree};
 
@@ -51,6 +51,12 @@ pub(crate) trait Agents {
 
     /// Whether the orchestrator of a session is still there.
     fn is_alive(&self, session: &Session) -> bool;
+
+    /// Leaves the numbers of the job for processes that open their first device later.
+    ///
+    /// # Errors
+    /// They cannot be left.
+    fn publish(&mut self, numbers: &[ProcessNumbers]) -> Result<()>;
 }
 
 /// The agents in the processes of a tree, over their sockets.
@@ -219,6 +225,11 @@ impl Agents for SocketAgents {
 
     fn is_alive(&self, session: &Session) -> bool {
         tree::is_reverbs(session.pid)
+    }
+
+    fn publish(&mut self, numbers: &[ProcessNumbers]) -> Result<()> {
+        job_numbers::publish(&self.runtime_dir, self.root, numbers)
+            .with_context(|| format!("cannot write into {}", self.runtime_dir.display()))
     }
 }
 

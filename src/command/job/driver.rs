@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 
-use reverbs::control::message::{DeviceChoice, Phase, ProcessStatus, Reply, Request, Session};
+use reverbs::control::message::{
+    DeviceChoice, Phase, ProcessNumbers, ProcessStatus, Reply, Request, Session,
+};
 
 use super::agents::{AgentFailure, Agents};
 use crate::command::interrupt::Interrupt;
@@ -165,27 +167,45 @@ impl<'a, A: Agents> Driver<'a, A> {
     /// A refusal or a time-out. Follow with [`Driver::recover`].
     pub(crate) fn restore_service(&mut self) -> Result<()> {
         let mut catch_ups = 0;
-        loop {
+        let numbers = loop {
             let request = Request::Rebuild {
                 devices: self.devices.clone(),
             };
             self.step("rebuild", Phase::Released, &request)?;
+            let numbers = self.numbers()?;
+            self.leave(&numbers)?;
+            // Whoever opens a device from here on finds what was left; those before have to catch up.
             if self.newcomers(&mut catch_ups)? == 0 {
-                break;
+                break numbers;
             }
             self.release()?;
-        }
+        };
+        self.step("connect", Phase::Rebuilt, &Request::Connect { numbers })?;
+        self.finish()
+    }
+
+    fn numbers(&mut self) -> Result<Vec<ProcessNumbers>> {
         let publishers = self.in_phases(&[Phase::Rebuilt, Phase::Connected]);
         let replies = self.put(&publishers, &Request::Publish)?;
-        let numbers: Vec<_> = replies
+        Ok(replies
             .into_iter()
             .filter_map(|(_, reply)| match reply {
                 Reply::Numbers { numbers } => Some(numbers),
                 _ => None,
             })
-            .collect();
-        self.step("connect", Phase::Rebuilt, &Request::Connect { numbers })?;
-        self.finish()
+            .collect())
+    }
+
+    fn leave(&mut self, numbers: &[ProcessNumbers]) -> Result<()> {
+        match self.agents.publish(numbers) {
+            Err(error) if self.tolerant => {
+                self.progress.note(&format!(
+                    "processes that open their first device later will not reach the others: {error:#}"
+                ));
+                Ok(())
+            }
+            left => left,
+        }
     }
 
     /// After a failure: brings everybody back to `Running`, on the device where they were, or one that fits.

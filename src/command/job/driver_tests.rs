@@ -170,13 +170,14 @@ fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
 
 #[test]
 fn a_process_that_opens_a_device_meanwhile_catches_up() {
-    for step in ["close", "stop", "settle", "release", "rebuild"] {
+    for step in ["close", "stop", "settle", "release", "rebuild", "publish"] {
         let mut job = FakeJob::of(&[Phase::Running; 2]);
         job.strict_barriers = false;
         job.appear_after = Some((step, 200, FakeAgent::at(Phase::Running)));
         drive(&mut job, cycle).unwrap();
         assert_all_running(&job, step);
         assert_eq!(job.agents[&200].rebuilds, 1, "{step}");
+        assert_eq!(job.published, [100, 101, 200], "{step}");
         assert_eq!(job.broken_rules, [""; 0], "{step}");
     }
 }

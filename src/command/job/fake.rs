@@ -57,6 +57,8 @@ pub(super) struct FakeJob {
     /// Process ids of orchestrators that live.
     pub(super) alive: Vec<i32>,
     pub(super) asked: Vec<&'static str>,
+    /// Whose numbers were left for later processes.
+    pub(super) published: Vec<i32>,
     pub(super) broken_rules: Vec<String>,
     /// Whether agents in phases far from each other are a broken rule: not where a test set them up so.
     pub(super) strict_barriers: bool,
@@ -112,7 +114,10 @@ impl FakeJob {
             }
             None => {}
         }
-        let reply = agent.carry_out(request);
+        let mut reply = agent.carry_out(request);
+        if let Reply::Numbers { numbers } = &mut reply {
+            numbers.pid = pid;
+        }
         if let Reply::Refused { reason, .. } = &reply {
             self.broken_rules
                 .push(format!("{name} refused by {pid}: {reason}"));
@@ -238,5 +243,10 @@ impl Agents for FakeJob {
 
     fn is_alive(&self, session: &Session) -> bool {
         self.alive.contains(&session.pid)
+    }
+
+    fn publish(&mut self, numbers: &[ProcessNumbers]) -> anyhow::Result<()> {
+        self.published = numbers.iter().map(|process| process.pid).collect();
+        Ok(())
     }
 }
