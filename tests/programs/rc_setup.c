@@ -3,8 +3,10 @@
 
 #include <errno.h>
 #include <getopt.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 void read_options(struct options *options, int count, char **arguments)
 {
@@ -19,6 +21,7 @@ void read_options(struct options *options, int count, char **arguments)
 		{ "max-size", required_argument, NULL, 'l' },
 		{ "events", no_argument, NULL, 'e' },
 		{ "rnr", no_argument, NULL, 'r' },
+		{ "late", required_argument, NULL, 'a' },
 		{ NULL, 0, NULL, 0 },
 	};
 	int option, index;
@@ -40,6 +43,7 @@ void read_options(struct options *options, int count, char **arguments)
 		case 'l': options->max_size = number(name, optarg); break;
 		case 'e': options->events = true; break;
 		case 'r': options->rnr = true; break;
+		case 'a': options->late = optarg; break;
 		default: exit(2);
 		}
 	}
@@ -210,6 +214,10 @@ void set_up(struct traffic *traffic)
 {
 	const struct options *options = &traffic->options;
 
+	while (options->late && side == 1 && access(options->late, F_OK)) {
+		check_peer_process();
+		usleep(10000);
+	}
 	traffic->random = options->seed * 2 + side;
 	/* Deep enough for a whole window, or so shallow that receives run out. */
 	traffic->receive_depth = options->rnr ? 2 : options->window + 4;
@@ -232,6 +240,10 @@ void set_up(struct traffic *traffic)
 		traffic->stream[i].index = i;
 		make_queue_pair(traffic, &traffic->stream[i]);
 		post_receives(traffic, &traffic->stream[i]);
+	}
+	if (options->late && side == 0) {
+		printf("waiting\n");
+		fflush(stdout);
 	}
 	introduce(traffic);
 	for (uint32_t i = 0; i < options->qps; i++)

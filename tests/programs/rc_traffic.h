@@ -39,6 +39,8 @@ struct options {
 	uint32_t max_size;
 	bool events;
 	bool rnr;
+	/* The second process opens its device when this file is there. */
+	const char *late;
 };
 
 /* Written by the receiver of a stream into the memory of its sender. The copy is not atomic: it

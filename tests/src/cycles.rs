@@ -42,6 +42,9 @@ enum CycledJob {
         program: &'static str,
         options: &'static str,
     },
+    /// `rc_traffic`, whose second process opens its device after the first has had its hardware
+    /// replaced: it is told numbers that the hardware does not know any more.
+    Late,
     /// `mpi_check`; a file makes it finish.
     Mpi { ranks: u32 },
 }
@@ -70,6 +73,11 @@ const CYCLED: &[Cycled] = &[
             options: "--seed 13 --rnr",
         },
         share: 4,
+    },
+    Cycled {
+        name: "cycle-rc-late",
+        job: CycledJob::Late,
+        share: 20,
     },
     Cycled {
         name: "cycle-ud-srq",
@@ -120,6 +128,7 @@ pub fn run(cycled: &Cycled, job: &Job<'_>) -> Result<String> {
             }
             outcome
         }
+        CycledJob::Late => cycle_late(job, cycles),
         CycledJob::Mpi { ranks } => cycle_mpi(job, *ranks, cycles),
     }
 }
@@ -132,6 +141,17 @@ fn cycle_own(running: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String
     running.wait_for_success(job.deadline.at_most(END_LIMIT))?;
     let messages = own_programs::check_account(&running.output()?)?;
     Ok(format!("{times}, {messages} messages"))
+}
+
+fn cycle_late(job: &Job<'_>, cycles: u32) -> Result<String> {
+    let now = job.folder.join("now");
+    let options = ["--seed", "15", "--late", &now.display().to_string()];
+    let mut running = own_programs::start(job, "rc_traffic", &options)?;
+    running.wait_for_line(job.deadline, "waiting")?;
+    let before = Numbers::on(&job.setup.device)?;
+    replace_hardware(&running, job)?.check_all_new(&before)?;
+    fs::write(&now, "")?;
+    cycle_own(&mut running, job, cycles)
 }
 
 fn cycle_mpi(job: &Job<'_>, ranks: u32, cycles: u32) -> Result<String> {
@@ -169,15 +189,7 @@ fn cycle(root: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
 /// One cycle of hardware that has the numbers `before`; gives those it has then.
 fn once(root: &mut Running, job: &Job<'_>, before: &Numbers) -> Result<Numbers> {
     let device = &job.setup.device;
-    let mut command = job.setup.reverbs()?;
-    command.arg("cycle").arg(root.pid().to_string());
-    process::run(
-        command,
-        &job.folder,
-        "cycle",
-        job.deadline.at_most(CYCLE_LIMIT),
-    )?;
-    let after = Numbers::on(device)?;
+    let after = replace_hardware(root, job)?;
     after.check_all_new(before)?;
     let sent = packets_sent(device)?;
     root.wait_until(
@@ -186,6 +198,19 @@ fn once(root: &mut Running, job: &Job<'_>, before: &Numbers) -> Result<Numbers> 
         |_| Ok((packets_sent(device)? > sent).then_some(())),
     )?;
     Ok(after)
+}
+
+/// `reverbs cycle`; gives the numbers of the hardware after it.
+fn replace_hardware(root: &Running, job: &Job<'_>) -> Result<Numbers> {
+    let mut command = job.setup.reverbs()?;
+    command.arg("cycle").arg(root.pid().to_string());
+    process::run(
+        command,
+        &job.folder,
+        "cycle",
+        job.deadline.at_most(CYCLE_LIMIT),
+    )?;
+    Numbers::on(&job.setup.device)
 }
 
 /// Lets the job run; an early end is an error.
