@@ -127,6 +127,39 @@ impl ReceiveRing {
         }
     }
 
+    /// Can [`Self::log_one`] take this chain as it stands: one request of one element, and the entry at the cursor free?
+    ///
+    /// # Safety
+    /// `wr` must be null or valid as `ibv_post_recv` demands.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn takes_plain(&self, wr: *const ibv_recv_wr) -> bool {
+        // SAFETY: the cursor is an entry unless it is the end, which is where it is in a ring without room.
+        unsafe {
+            !wr.is_null()
+                && (*wr).num_sge == 1
+                && (*wr).next.is_null()
+                && self.cursor != self.end
+                && !(*self.cursor).is_posted()
+        }
+    }
+
+    /// Logs a request of one element. It is not part of the log until [`Self::commit`].
+    ///
+    /// # Safety
+    /// [`Self::takes_plain`] must hold for `wr`.
+    #[inline(always)]
+    pub unsafe fn log_one(&mut self, wr: *const ibv_recv_wr) -> *mut ReceiveSlot {
+        let slot = self.cursor;
+        // SAFETY: as the caller vouches. Elements follow their entry.
+        unsafe {
+            (*slot).head.app_wr_id = (*wr).wr_id;
+            (*slot).wr.num_sge = 1;
+            ptr::write(slot.add(1).cast(), ptr::read((*wr).sg_list));
+        }
+        slot
+    }
+
     /// Logs a request; `next` is left null. It is not part of the log until [`Self::commit`].
     ///
     /// # Safety

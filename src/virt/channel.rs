@@ -259,6 +259,27 @@ impl Drop for Channel {
     }
 }
 
+/// Waits until the application has acknowledged as many events of an object as it has got (`ibv_ack_cq_events`,
+/// `ibv_ack_async_event`): it may touch the object until then.
+///
+/// # Safety
+/// The three must be those of the application's object, initialized; nobody else may free it.
+pub(super) unsafe fn wait_until_acknowledged(
+    mutex: *mut libc::pthread_mutex_t,
+    condition: *mut libc::pthread_cond_t,
+    acknowledged: *const u32,
+    got: u32,
+) {
+    // SAFETY: as the caller vouches; the counter is changed under the mutex.
+    unsafe {
+        libc::pthread_mutex_lock(mutex);
+        while acknowledged.read_volatile() != got {
+            libc::pthread_cond_wait(condition, mutex);
+        }
+        libc::pthread_mutex_unlock(mutex);
+    }
+}
+
 pub(crate) fn set_nonblocking(fd: RawFd) {
     // SAFETY: only a file descriptor number is involved.
     unsafe {

@@ -2,12 +2,14 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use rdma_core_sys::{ibv_recv_wr, ibv_sge};
 
 use super::context::Context;
-use super::lock::QueueLock;
+use super::local_key::{LastKey, local_key};
+use super::lock::{QueueGuard, QueueLock};
 use super::process::process;
 use crate::errno::{Errno, Verb};
 use crate::log::{ReceiveRing, ReceiveSlot};
@@ -32,8 +34,14 @@ struct State {
     hardware: *mut c_void,
     post: PostReceive,
     ring: ReceiveRing,
+    /// The request being posted and where to say that it is bad; kept here, not in registers saved on every call.
+    request: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
     /// Room for the elements of one translated request.
     elements: Box<[ibv_sge]>,
+    /// A translated request of one element, with `sg_list` at `elements` and no next.
+    copy: ibv_recv_wr,
+    last_key: LastKey,
 }
 
 impl Default for ReceiveQueue {
@@ -44,7 +52,16 @@ impl Default for ReceiveQueue {
             hardware: std::ptr::null_mut(),
             post: hold,
             ring: ReceiveRing::default(),
+            request: std::ptr::null_mut(),
+            bad: std::ptr::null_mut(),
             elements: Box::default(),
+            copy: ibv_recv_wr {
+                wr_id: 0,
+                next: std::ptr::null_mut(),
+                sg_list: std::ptr::null_mut(),
+                num_sge: 1,
+            },
+            last_key: LastKey::NONE,
         };
         Self {
             lock: QueueLock::default(),
@@ -63,14 +80,47 @@ impl ReceiveQueue {
     ///
     /// # Safety
     /// As `ibv_post_recv` demands.
-    #[inline]
+    #[inline(always)]
     pub(super) unsafe fn post(
         &self,
         context: &Context,
         first: *mut ibv_recv_wr,
         bad: *mut *mut ibv_recv_wr,
     ) -> c_int {
-        let _guard = self.lock.lock();
+        let Some(guard) = self.lock.try_lock() else {
+            // SAFETY: as the caller vouches.
+            return unsafe { post_contended(self, context, first, bad) };
+        };
+        // As with sends: what is not the plain case is left to functions that are not come back from.
+        std::mem::forget(guard);
+        // SAFETY: the lock is held; the caller vouches for the chain. By pointer: the device is called in between.
+        unsafe {
+            let state = self.state.get();
+            if (*state).translate || !(*state).ring.takes_plain(first) {
+                return post_translated(self, context, first, bad);
+            }
+            (*state).request = first;
+            (*state).bad = bad;
+            let slot = (*state).ring.log_one(first);
+            (*state).ring.commit(slot);
+            let code = ((*state).post)((*state).hardware, &raw mut (*slot).wr, bad);
+            if code != 0 {
+                return take_back(self, slot, code);
+            }
+            self.lock.give_back();
+            code
+        }
+    }
+
+    /// Everything else.
+    unsafe fn post_chain(
+        &self,
+        guard: QueueGuard<'_>,
+        context: &Context,
+        first: *mut ibv_recv_wr,
+        bad: *mut *mut ibv_recv_wr,
+    ) -> c_int {
+        let _guard = guard;
         // SAFETY: the lock is held; the caller vouches for the chain. Each entry is logged before it is posted and taken
         // out again if the device refuses it.
         unsafe {
@@ -109,6 +159,7 @@ impl ReceiveQueue {
                     max_sge.max(1) as usize
                 ]
                 .into();
+                state.copy.sg_list = state.elements.as_mut_ptr();
                 state.translate = process().translates();
             }
             Ok(())
@@ -137,7 +188,7 @@ impl ReceiveQueue {
 
     /// From the first restart on, requests go down as translated copies.
     pub(super) fn translate(&self) {
-        self.with(|state| state.translate = true);
+        self.with(|state| (state.translate, state.last_key) = (true, LastKey::NONE));
     }
 
     /// After a rebuild: attaches the fresh hardware and posts again all that was posted and has not completed, with the keys
@@ -150,7 +201,7 @@ impl ReceiveQueue {
     ) -> Verb<()> {
         self.with(|state| {
             (state.hardware, state.post) = (hardware, post);
-            state.translate = true;
+            (state.translate, state.last_key) = (true, LastKey::NONE);
             for slot in state.ring.posted() {
                 // SAFETY: an entry of the ring, which the fresh hardware does not have yet.
                 unsafe { state.post_slot(context, slot)? };
@@ -164,6 +215,100 @@ impl ReceiveQueue {
         // SAFETY: the lock is held.
         work(unsafe { &mut *self.state.get() })
     }
+}
+
+/// The lock was taken when it was wanted.
+#[cold]
+unsafe extern "C" fn post_contended(
+    queue: &ReceiveQueue,
+    context: &Context,
+    first: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    std::mem::forget(queue.lock.lock());
+    // SAFETY: as the caller vouches.
+    unsafe { post_slowly(queue, context, first, bad) }
+}
+
+/// After a restart a plain request is logged as it is, and posted as a copy with the hardware's key. Gives the lock back.
+unsafe extern "C" fn post_translated(
+    queue: &ReceiveQueue,
+    context: &Context,
+    first: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the chain. By pointer, as above.
+    unsafe {
+        let state = queue.state.get();
+        if !(*state).ring.takes_plain(first) {
+            return post_slowly(queue, context, first, bad);
+        }
+        let element = (*first).sg_list;
+        if !(*state).last_key.is(context, (*element).lkey) {
+            return look_up(queue, context, first, bad);
+        }
+        (*state).request = first;
+        (*state).bad = bad;
+        let slot = (*state).ring.log_one(first);
+        (*state).ring.commit(slot);
+        let copy = &raw mut (*state).copy;
+        (*copy).wr_id = (*slot).wr.wr_id;
+        let translated = (*copy).sg_list;
+        *translated = *element;
+        (*translated).lkey = (*state).last_key.hardware;
+        let code = ((*state).post)((*state).hardware, copy, bad);
+        if code != 0 {
+            return take_back(queue, slot, code);
+        }
+        queue.lock.give_back();
+        code
+    }
+}
+
+/// [`post_translated`] with another key than last time.
+unsafe extern "C" fn look_up(
+    queue: &ReceiveQueue,
+    context: &Context,
+    first: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the request, which has one element.
+    unsafe {
+        let state = queue.state.get();
+        let key = (*(*first).sg_list).lkey;
+        match (*state).last_key.look_up(context, key) {
+            true => post_translated(queue, context, first, bad),
+            // Refused, or of no length.
+            false => post_slowly(queue, context, first, bad),
+        }
+    }
+}
+
+/// Everything else. Gives the lock back.
+unsafe extern "C" fn post_slowly(
+    queue: &ReceiveQueue,
+    context: &Context,
+    first: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: the lock is held; the caller vouches for the chain.
+    let posted = catch_unwind(AssertUnwindSafe(|| unsafe {
+        queue.post_chain(queue.lock.adopt(), context, first, bad)
+    }));
+    posted.unwrap_or(libc::EIO)
+}
+
+/// The device refused the request that was logged last. Gives the lock back.
+#[cold]
+unsafe extern "C" fn take_back(queue: &ReceiveQueue, slot: *mut ReceiveSlot, code: c_int) -> c_int {
+    // SAFETY: the lock is held; the caller has just logged and posted one request, and kept where it came from.
+    unsafe {
+        let _guard = queue.lock.adopt();
+        let state = &mut *queue.state.get();
+        state.ring.undo(slot);
+        *state.bad = state.request;
+    }
+    code
 }
 
 impl State {
@@ -191,18 +336,5 @@ impl State {
             copy.sg_list = self.elements.as_mut_ptr();
             Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))
         }
-    }
-}
-
-/// The hardware's key for an element; its length decides whether the key means anything (IBTA 10.8.2.1).
-///
-/// # Errors
-/// `EINVAL` for a key that is not one of this context's: never passed on as it is.
-#[inline]
-pub(super) fn local_key(context: &Context, element: &ibv_sge) -> Verb<u32> {
-    match context.lkeys.get(element.lkey) {
-        Some(key) => Ok(key),
-        None if element.length == 0 => Ok(element.lkey),
-        None => Err(Errno::INVALID),
     }
 }

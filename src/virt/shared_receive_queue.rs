@@ -9,6 +9,7 @@ use rdma_core_sys::{
 };
 
 use super::AppSrq;
+use super::channel::wait_until_acknowledged;
 use super::completion_queue::SHARED;
 use super::context::Context;
 use super::process::{Registered, lock, process};
@@ -110,12 +111,12 @@ pub unsafe fn destroy(app: *mut ibv_srq) -> Verb<()> {
     };
     // SAFETY: libibverbs initialized mutex and condition when the queue was created.
     unsafe {
-        let public = &mut *app;
-        libc::pthread_mutex_lock(&raw mut public.mutex);
-        while public.events_completed != delivered {
-            libc::pthread_cond_wait(&raw mut public.cond, &raw mut public.mutex);
-        }
-        libc::pthread_mutex_unlock(&raw mut public.mutex);
+        wait_until_acknowledged(
+            &raw mut (*app).mutex,
+            &raw mut (*app).cond,
+            &raw const (*app).events_completed,
+            delivered,
+        );
         drop(Box::from_raw(app.cast::<SharedReceiveQueue>()));
     }
     Ok(())

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::setup::{Deadline, Setup};
-use crate::{checkpoints, cycles, facts, failures, faults, moments, own_programs, stock};
+use crate::setup::{Deadline, Mode, Setup};
+use crate::{checkpoints, costs, cycles, facts, failures, faults, moments, own_programs, stock};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -15,6 +15,23 @@ pub enum Needs {
     AnyMode,
     /// Needs the provider and the `reverbs` command.
     Provider,
+    /// Also needs a clock that counts instructions (`cargo xtask vm -i`).
+    Counting,
+}
+
+impl Needs {
+    /// What of it a run lacks.
+    pub fn lacking(self, setup: &Setup) -> Option<&'static str> {
+        match self {
+            Self::Provider | Self::Counting if setup.mode == Mode::Bare => {
+                Some("the provider (--stage DIR)")
+            }
+            Self::Counting if !setup.counting => {
+                Some("a machine that counts instructions (cargo xtask vm -i) and --counting")
+            }
+            _ => None,
+        }
+    }
 }
 
 /// What a case gets to work with.
@@ -53,6 +70,10 @@ pub enum Action {
     Fault(&'static faults::Fault),
     /// A job under `reverbs cycle`.
     Cycled(&'static cycles::Cycled),
+    /// What the provider adds to a loop of one process.
+    Loop,
+    /// A cycle of a process with many objects.
+    Objects(&'static costs::Objects),
     /// A job that is saved and brought back.
     Saved(&'static checkpoints::Saved),
     /// A job that is saved while it starts or ends.
@@ -74,6 +95,8 @@ impl Case {
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
             Action::Fault(fault) => faults::run(fault, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),
+            Action::Loop => costs::run_loop(job),
+            Action::Objects(objects) => costs::run_objects(objects, job),
             Action::Saved(saved) => checkpoints::run(saved, job),
             Action::Moment(moment) => moments::run(moment, job),
             Action::Failing(failing) => failures::run(failing, job),
@@ -87,6 +110,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(own_programs::cases());
     cases.extend(faults::cases());
     cases.extend(cycles::cases());
+    cases.extend(costs::cases());
     cases.extend(checkpoints::cases());
     cases.extend(moments::cases());
     cases.extend(failures::cases());

@@ -45,6 +45,9 @@ struct Arguments {
     /// Milliseconds from the start of one cycle to the start of the next
     #[arg(long, default_value_t = 100)]
     pace: u64,
+    /// The machine's clock counts instructions (`cargo xtask vm -i`)
+    #[arg(long)]
+    counting: bool,
     /// Only cases whose name contains one of these (`^PART`: begins with, `=NAME`: is)
     filter: Vec<String>,
 }
@@ -93,6 +96,7 @@ pub fn run() -> Result<bool> {
         output: std::path::absolute(arguments.output)?,
         cycles: arguments.cycles,
         pace: Duration::from_millis(arguments.pace),
+        counting: arguments.counting,
     };
     report::run_all(&cases, &setup, &mut out)
 }

@@ -7,6 +7,7 @@
 pub mod case;
 pub mod checkpoints;
 pub mod command_line;
+pub mod costs;
 pub mod cycles;
 pub mod evidence;
 pub mod facts;

@@ -58,6 +58,12 @@ const PROGRAMS: &[Program] = &[
         libraries: &["-shared", "-fPIC"],
     },
     Program {
+        name: "verb_costs",
+        compiler: "gcc",
+        sources: &["verb_costs.c", "common.c"],
+        libraries: &["-libverbs"],
+    },
+    Program {
         name: "holds",
         compiler: "gcc",
         sources: &["holds.c"],

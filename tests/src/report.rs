@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
 
-use crate::case::{Case, Job, Needs};
-use crate::setup::{Deadline, Mode, Setup};
+use crate::case::{Case, Job};
+use crate::setup::{Deadline, Setup};
 use crate::tree;
 
 /// The first TCP port given to a case; each further case gets the next one.
@@ -26,12 +26,8 @@ pub fn run_all(cases: &[Case], setup: &Setup, out: &mut impl Write) -> Result<bo
     tree::adopt_orphans()?;
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (case, port) in cases.iter().zip(FIRST_PORT..) {
-        if case.needs == Needs::Provider && setup.mode == Mode::Bare {
-            writeln!(
-                out,
-                "{:<28} skipped: needs the provider (--stage DIR)",
-                case.name
-            )?;
+        if let Some(what) = case.needs.lacking(setup) {
+            writeln!(out, "{:<28} skipped: needs {what}", case.name)?;
             skipped += 1;
             continue;
         }

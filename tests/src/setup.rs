@@ -31,6 +31,8 @@ pub struct Setup {
     pub cycles: u32,
     /// Pace of the cycle cases: from the start of one cycle to the start of the next.
     pub pace: Duration,
+    /// The machine's clock counts instructions.
+    pub counting: bool,
 }
 
 impl Setup {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::stage::{self, cargo};
 use crate::test_plan::{RUNS, Run};
 use crate::vm::{self, Machine, Output};
-use crate::{command, paths, setup};
+use crate::{command, demo, paths, setup};
 
 /// Passed and failed tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +22,11 @@ pub struct Count {
 }
 
 impl Count {
+    const ONE_PASSED: Count = Count {
+        passed: 1,
+        failed: 0,
+    };
+
     const ONE_FAILED: Count = Count {
         passed: 0,
         failed: 1,
@@ -41,7 +46,13 @@ impl Count {
 /// are no error: they are in the count.
 pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
     setup::ensure()?;
-    let mut count = host_tests(filter)?;
+    heading("tests on the host");
+    let mut count = cargo_tests(&["--workspace", "--exclude", "reverbs-benches"], filter)?;
+    heading("the data path, optimized: its logs, and what it costs in instructions");
+    count.add(cargo_tests(
+        &["--release", "--package", "reverbs-benches"],
+        filter,
+    )?);
     let guest = Guest::prepare()?;
     for run in RUNS.iter().filter(|run| long || !run.long) {
         if let Some(cases) = guest.cases(run, filter)? {
@@ -51,15 +62,25 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
     if count == Count::default() {
         bail!("no test ran: none has such a name");
     }
+    if filter.is_none() {
+        heading("the demonstration: saved on one machine, finished on another");
+        count.add(match demo::run() {
+            Ok(()) => Count::ONE_PASSED,
+            Err(error) => {
+                eprintln!("xtask: {error:#}");
+                Count::ONE_FAILED
+            }
+        });
+    }
     let Count { passed, failed } = count;
     writeln!(std::io::stdout(), "{passed} passed, {failed} failed")?;
     Ok(count)
 }
 
-fn host_tests(filter: Option<&str>) -> Result<Count> {
-    heading("tests on the host");
+fn cargo_tests(options: &[&str], filter: Option<&str>) -> Result<Count> {
     let mut child = cargo()
-        .args(["test", "--workspace", "--no-fail-fast"])
+        .args(["test", "--no-fail-fast"])
+        .args(options)
         .args(filter)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -142,6 +163,7 @@ impl Guest {
         program.extend(run.options.iter().map(|option| (*option).to_owned()));
         program.extend(cases.iter().cloned());
         let outcome = Machine::default()
+            .counted(run.counted)
             .share(&share)
             .timeout(Duration::from_secs(run.timeout))
             .output(Output::Both)

@@ -9,6 +9,8 @@ pub struct Run {
     pub bare: bool,
     /// Only with `--long`.
     pub long: bool,
+    /// In a machine whose clock counts instructions.
+    pub counted: bool,
     /// The cases, as `guest-tests` filters them; none means all.
     pub cases: &'static [&'static str],
     /// Options of `guest-tests`.
@@ -22,8 +24,6 @@ pub const RUNS: &[Run] = &[
     // Stock clients, own programs, MPI.
     Run {
         name: "provider",
-        bare: false,
-        long: false,
         cases: &[
             "^pingpong",
             "^send",
@@ -35,32 +35,61 @@ pub const RUNS: &[Run] = &[
             "^ud-srq",
             "^mpi",
         ],
-        options: &[],
         timeout: 1500,
+        ..RUN
     },
     // Fresh hardware under a running job, a few times; checkpoints that fail or meet another.
     Run {
         name: "cycles",
-        bare: false,
-        long: false,
-        cases: &["=cycle-rc", "=fail-no-criu", "=two-checkpoints"],
-        options: &["--cycles", "10"],
-        timeout: 900,
+        cases: &["^cycle", "^fail", "^two"],
+        options: &["--cycles", "20"],
+        timeout: 1200,
+        ..RUN
+    },
+    // Saved and brought back.
+    Run {
+        name: "restarts",
+        cases: &[
+            "=restart-rc",
+            "=restart-mpi-np2-other-device",
+            "=restart-deleted-file",
+            "=checkpoint-runs-on",
+            "=checkpoint-in-init",
+            "=checkpoint-in-finalize",
+        ],
+        timeout: 1200,
+        ..RUN
+    },
+    Run {
+        name: "counted",
+        cases: &["=cost-loop"],
+        options: &["--counting"],
+        counted: true,
+        timeout: 300,
+        ..RUN
     },
     Run {
         name: "bare",
         bare: true,
         long: true,
-        cases: &[],
-        options: &[],
         timeout: 1800,
+        ..RUN
     },
     Run {
         name: "everything",
-        bare: false,
         long: true,
-        cases: &[],
-        options: &[],
-        timeout: 7200,
+        timeout: 10_800,
+        ..RUN
     },
 ];
+
+/// What is not said of a run.
+const RUN: Run = Run {
+    name: "",
+    bare: false,
+    long: false,
+    counted: false,
+    cases: &[],
+    options: &[],
+    timeout: 0,
+};

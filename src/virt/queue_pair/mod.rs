@@ -6,6 +6,8 @@ mod datagram;
 mod doorbell;
 mod hardware;
 mod post;
+mod post_general;
+mod send_queue;
 mod settle;
 
 pub(crate) use address::translate_address;
@@ -24,8 +26,9 @@ use rdma_core_sys::{
 
 use self::attributes::Attributes;
 pub(crate) use self::hardware::{Connected, own_address};
-use self::post::SendQueue;
+use self::send_queue::SendQueue;
 use super::AppQp;
+use super::channel::wait_until_acknowledged;
 use super::completion_queue::CompletionQueue;
 use super::context::Context;
 use super::ports::PortMap;
@@ -178,12 +181,12 @@ pub unsafe fn destroy(app: *mut ibv_qp) -> Verb<()> {
     };
     // SAFETY: initialized in `create`; `ibv_ack_async_event` uses both.
     unsafe {
-        let public = &mut *app;
-        libc::pthread_mutex_lock(&raw mut public.mutex);
-        while public.events_completed != delivered {
-            libc::pthread_cond_wait(&raw mut public.cond, &raw mut public.mutex);
-        }
-        libc::pthread_mutex_unlock(&raw mut public.mutex);
+        wait_until_acknowledged(
+            &raw mut (*app).mutex,
+            &raw mut (*app).cond,
+            &raw const (*app).events_completed,
+            delivered,
+        );
         drop(Box::from_raw(app.cast::<QueuePair>()));
     }
     Ok(())

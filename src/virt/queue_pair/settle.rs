@@ -9,7 +9,7 @@ use rdma_core_sys::{
 };
 
 use super::QueuePair;
-use super::post::State;
+use super::send_queue::State;
 use crate::handle::Psn;
 use crate::log::SendSlot;
 

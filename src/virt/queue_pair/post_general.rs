@@ -1,0 +1,206 @@
+//! Posting what is not plain: chains, inline bytes, several elements, datagrams, held requests.
+
+use std::ffi::c_int;
+use std::mem::offset_of;
+
+use rdma_core_sys::{
+    IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_send_wr,
+    ibv_sge,
+};
+
+use super::send_queue::{DATAGRAM, HOLD, State, TRANSLATE, WANTED};
+use crate::errno::{Errno, Verb};
+use crate::handle::VirtualKey;
+use crate::log::SendSlot;
+use crate::translate::Directory;
+use crate::virt::address_handle::AddressHandle;
+use crate::virt::context::Context;
+use crate::virt::local_key::local_key;
+
+/// The two kinds of SEND, which name no remote key, differ in the lowest bit.
+const _: () = assert!(IBV_WR_SEND & 1 == 0 && IBV_WR_SEND_WITH_IMM == IBV_WR_SEND | 1);
+
+/// Where a request that is not a SEND has the peer's key: the opcode says which of the union's fields it is. In bytes.
+#[inline(always)]
+pub(super) const fn remote_key_place(opcode: u32) -> usize {
+    if opcode < IBV_WR_ATOMIC_CMP_AND_SWP {
+        offset_of!(ibv_send_wr, wr.rdma.rkey)
+    } else {
+        offset_of!(ibv_send_wr, wr.atomic.rkey)
+    }
+}
+
+/// The peer's key in a request that is not a SEND.
+pub(super) unsafe fn remote_key(request: *mut ibv_send_wr) -> *mut u32 {
+    // SAFETY: as the caller vouches.
+    unsafe { request.byte_add(remote_key_place((*request).opcode)).cast() }
+}
+
+impl State {
+    /// Chains, inline bytes, several elements, datagrams, translated and held requests, a ring at its limit.
+    pub(super) unsafe fn post_general(
+        &mut self,
+        general: u32,
+        context: &Context,
+        first: *mut ibv_send_wr,
+        bad: *mut *mut ibv_send_wr,
+    ) -> c_int {
+        // A whole chain goes down in one call where its entries can go down as they are.
+        let together = general & !WANTED == 0;
+        let psn_before = self.ring.raw_psn();
+        let mut head: *mut SendSlot = std::ptr::null_mut();
+        let mut tail: *mut SendSlot = std::ptr::null_mut();
+        let mut failed: Option<(*mut ibv_send_wr, Errno)> = None;
+        let mut request = first;
+        // SAFETY: the caller vouches for the chain; entries are the ring's.
+        unsafe {
+            while !request.is_null() {
+                match self.log(general, request) {
+                    Ok(slot) if together => {
+                        self.ring.commit(slot);
+                        match tail.is_null() {
+                            true => head = slot,
+                            false => (*tail).wr.next = &raw mut (*slot).wr,
+                        }
+                        tail = slot;
+                    }
+                    Ok(slot) => {
+                        if let Err(error) = self.post_or_hold(general, context, slot) {
+                            failed = Some((request, error));
+                        }
+                    }
+                    Err(error) => failed = Some((request, error)),
+                }
+                if failed.is_some() {
+                    break;
+                }
+                request = (*request).next;
+            }
+            if !head.is_null() {
+                failed = self.post_chain(head, first, psn_before).or(failed);
+            }
+            match failed {
+                Some((request, error)) => {
+                    *bad = request;
+                    error.0
+                }
+                None => 0,
+            }
+        }
+    }
+
+    unsafe fn log(&mut self, general: u32, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
+        if general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
+            return Err(Errno::NO_MEMORY);
+        }
+        if self.ring.is_at_limit() {
+            self.ring.make_room()?;
+        }
+        // SAFETY: as the caller vouches; there is room.
+        unsafe { self.ring.log(request) }
+    }
+
+    /// Posts linked entries; says which of the application's requests was refused.
+    unsafe fn post_chain(
+        &mut self,
+        head: *mut SendSlot,
+        first: *mut ibv_send_wr,
+        psn_before: u32,
+    ) -> Option<(*mut ibv_send_wr, Errno)> {
+        let mut refused = std::ptr::null_mut();
+        // SAFETY: the entries from `head` on were logged just now, in the order of the application's chain.
+        unsafe {
+            let code = (self.post)(self.hardware, &raw mut (*head).wr, &raw mut refused);
+            let (mut slot, mut request, mut psn) = (head, first, psn_before);
+            let mut failed = None;
+            loop {
+                let next = std::mem::replace(&mut (*slot).wr.next, std::ptr::null_mut());
+                if code != 0
+                    && failed.is_none()
+                    && (&raw mut (*slot).wr == refused || refused.is_null())
+                {
+                    failed = Some((request, Errno(code)));
+                    self.ring.undo(slot, psn);
+                }
+                if next.is_null() {
+                    return failed;
+                }
+                psn = (*slot).psn_after;
+                slot = next.cast();
+                request = (*request).next;
+            }
+        }
+    }
+
+    unsafe fn post_or_hold(
+        &mut self,
+        general: u32,
+        context: &Context,
+        slot: *mut SendSlot,
+    ) -> Verb<()> {
+        // SAFETY: the entry was logged just now.
+        unsafe {
+            if general & HOLD != 0 {
+                if self.held_from.is_null() {
+                    self.held_from = slot;
+                }
+            } else {
+                self.post_slot(general, context, slot)?;
+            }
+            self.ring.commit(slot);
+        }
+        Ok(())
+    }
+
+    /// Gives a copy of an entry to the hardware, in the hardware's terms. The log stays in the application's.
+    pub(super) unsafe fn post_slot(
+        &mut self,
+        general: u32,
+        context: &Context,
+        slot: *mut SendSlot,
+    ) -> Verb<()> {
+        // SAFETY: an entry of the ring, under the lock; `elements` has room for as many as an entry.
+        unsafe {
+            let mut copy = (*slot).wr;
+            copy.next = std::ptr::null_mut();
+            if general & DATAGRAM != 0 {
+                let handle = AddressHandle::of(copy.wr.ud.ah);
+                copy.wr.ud.ah = handle.hardware();
+                copy.wr.ud.remote_qpn = handle.remote_qpn(copy.wr.ud.remote_qpn);
+                if copy.wr.ud.ah.is_null() {
+                    return Err(Errno::INVALID);
+                }
+            }
+            if general & TRANSLATE != 0 {
+                if copy.send_flags & IBV_SEND_INLINE == 0 {
+                    for index in 0..copy.num_sge as usize {
+                        let element = *copy.sg_list.add(index);
+                        self.elements[index] = ibv_sge {
+                            lkey: local_key(context, &element)?,
+                            ..element
+                        };
+                    }
+                    copy.sg_list = self.elements.as_mut_ptr();
+                }
+                if copy.opcode & !1 != IBV_WR_SEND {
+                    let key = remote_key(&mut copy);
+                    *key = self.remote(*key);
+                }
+            }
+            let mut refused = std::ptr::null_mut();
+            Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))
+        }
+    }
+
+    /// A key that is not in the peer's table is younger than the restart and means itself.
+    pub(super) fn remote(&mut self, key: u32) -> u32 {
+        if u64::from(key) != self.last_remote.0 {
+            let found = self
+                .peer_keys
+                .as_ref()
+                .map_or(key, |keys| Directory::remote_key(keys, VirtualKey(key)));
+            self.last_remote = (u64::from(key), found);
+        }
+        self.last_remote.1
+    }
+}
