@@ -22,9 +22,17 @@ const RECORDED: &[(Shape, f64, f64)] = &[
     (Shape::SharedReceive, 63.86, 191.59),
 ];
 
-/// How much more is let pass: one instruction, or 2 %.
-fn limit(recorded: f64) -> f64 {
-    recorded + f64::max(1.0, recorded * 0.02)
+/// How much more is let pass: one instruction, or 2 %. What goes the general way copies with the C library's `memcpy`, whose count
+/// depends on where things lie in memory: 6 %.
+fn limit(shape: Shape, recorded: f64) -> f64 {
+    let general = [
+        Shape::ChainOf4,
+        Shape::ChainOf16,
+        Shape::FourElements,
+        Shape::Inline32,
+    ];
+    let share = if general.contains(&shape) { 0.06 } else { 0.02 };
+    recorded + f64::max(1.0, recorded * share)
 }
 
 /// The budget of one request of one element, whatever was recorded.
@@ -43,7 +51,7 @@ fn no_shape_adds_more_instructions_than_recorded() {
                 "{shape} {}: {added:.2} added, {recorded:.2} recorded",
                 route.name()
             );
-            if added > limit(*recorded) {
+            if added > limit(*shape, *recorded) {
                 grown.push(format!(
                     "{shape} {}: {added:.2} for {recorded:.2}",
                     route.name()

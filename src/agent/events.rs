@@ -63,7 +63,7 @@ fn forward_completions(channel: &Channel, phase: Phase) {
     unsafe {
         while (verbs.ibv_get_cq_event)(hardware, &raw mut queue, &raw mut context) == 0 {
             (verbs.ibv_ack_cq_events)(queue, 1);
-            // From Stopped on the hardware also fires for what we flush; the drain fires for what is real.
+            // From Stopped on the hardware also fires for what we flush. Whoever is armed gets an event at Resume.
             if phase < Phase::Stopped {
                 (*context.cast::<CompletionQueue>()).notify();
             }

@@ -37,7 +37,7 @@ pub(crate) fn drain(limit: Duration, forward: impl Fn()) -> DrainReport {
     let mut completions = 0;
     loop {
         forward();
-        completions += poll_all(Fire::Hardware, |_| false);
+        completions += poll_all(|_| false);
         let outstanding = outstanding();
         if outstanding == 0 || Instant::now() >= until {
             // A completion that arrived fires its event a moment later.
@@ -95,7 +95,6 @@ pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
 
 /// Decides what became of every outstanding send. Gives what is to be told to the user.
 pub(crate) fn settle(stopped: &Stopped, responders: &[ResponderState]) -> Phase<Vec<String>> {
-    let _events = process().events();
     let mut notes = Vec::new();
     each_pair(|_, pair| {
         if !stopped.pairs.contains(&std::ptr::from_ref(pair).addr()) {
@@ -152,7 +151,7 @@ fn poll_until_silent(stopped: &mut Stopped, limit: Duration) {
             numbers,
             flushed,
         } = stopped;
-        let found = poll_all(Fire::Ours, |completion| {
+        let found = poll_all(|completion| {
             // SAFETY: a completion of ours, whose entry is not retired yet.
             let head = unsafe { SlotHead::of(completion.wr_id) };
             let stopped_by_us = match head.owner.addr() & SHARED {
@@ -172,27 +171,13 @@ fn poll_until_silent(stopped: &mut Stopped, limit: Duration) {
     }
 }
 
-/// Who tells the application of completions that are taken from the hardware.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fire {
-    /// Its own events, which are forwarded.
-    Hardware,
-    /// We do: the hardware's events are not to be trusted, as it also fires for what we flush.
-    Ours,
-}
-
-fn poll_all(fire: Fire, mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) -> u64 {
-    let _events = (fire == Fire::Ours).then(|| process().events());
+fn poll_all(mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) -> u64 {
     let mut completions = 0;
     for context in process().contexts() {
         for (_, queue) in &context.objects().completion_queues {
             // SAFETY: the gate is closed, so nothing is destroyed.
             let queue = unsafe { queue.get() };
-            let drained = queue.drain(&mut ours);
-            completions += drained.completions;
-            if drained.held > 0 && fire == Fire::Ours {
-                queue.notify_if_armed();
-            }
+            completions += queue.drain(&mut ours);
         }
     }
     completions

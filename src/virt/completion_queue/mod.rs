@@ -247,15 +247,6 @@ impl std::ops::DerefMut for Locked<'_> {
     }
 }
 
-/// What a drain found in a completion queue.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Drained {
-    /// Completions the hardware had.
-    pub(crate) completions: u64,
-    /// Those of them that are the application's.
-    pub(crate) held: u64,
-}
-
 impl CompletionQueue {
     /// # Safety
     /// `app` must come from [`create`] and not be destroyed while the reference is used.
@@ -306,10 +297,10 @@ impl CompletionQueue {
     }
 
     /// Takes all completions from the hardware and holds them back for the application, but for those that `ours`
-    /// recognizes as caused by us, which never happened for the application.
-    pub(crate) fn drain(&self, mut ours: impl FnMut(&ibv_wc) -> bool) -> Drained {
+    /// recognizes as caused by us, which never happened for the application. Gives their number.
+    pub(crate) fn drain(&self, mut ours: impl FnMut(&ibv_wc) -> bool) -> u64 {
         const BATCH: usize = 32;
-        let mut found = Drained::default();
+        let mut found = 0;
         let mut state = self.lock();
         if state.hardware.is_null() {
             return found;
@@ -321,7 +312,6 @@ impl CompletionQueue {
             let got = unsafe { (state.poll)(state.hardware, BATCH as c_int, batch.as_mut_ptr()) };
             let got = usize::try_from(got).unwrap_or(0);
             for completion in &mut batch[..got] {
-                found.completions += 1;
                 if ours(completion) {
                     continue;
                 }
@@ -329,8 +319,8 @@ impl CompletionQueue {
                 unsafe { self.hand_over(completion) };
                 state.held.push_back(*completion);
                 self.general.fetch_or(HELD, Ordering::Relaxed);
-                found.held += 1;
             }
+            found += got as u64;
             if got < BATCH {
                 return found;
             }
@@ -344,8 +334,7 @@ impl CompletionQueue {
         self.general.fetch_or(HELD, Ordering::Relaxed);
     }
 
-    /// Hands an event of the hardware on, unless the application has had all that it asked for: at a resume hardware may fire
-    /// for what we have fired for already. The caller holds `Process::events`.
+    /// Hands an event on, unless the application has had all that it asked for. The caller holds `Process::events`.
     pub(crate) fn notify(&self) {
         let Some(channel) = &self.channel else { return };
         let mut state = self.lock();
@@ -357,19 +346,6 @@ impl CompletionQueue {
         let pointer = (self.app().expose_provenance() as u64).to_ne_bytes();
         if channel.pipe.write(&pointer) {
             self.delivered.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// An armed queue fires for completions that were held back after the hardware fell silent.
-    pub(crate) fn notify_if_armed(&self) {
-        let armed = {
-            let state = self.lock();
-            state.arms > state.events
-        };
-        if armed {
-            self.notify();
-            let mut state = self.lock();
-            state.events = state.arms;
         }
     }
 
@@ -409,21 +385,15 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// After a restart: numbers may differ, and a notification that was asked for and not given is asked for again.
+    /// After a restart: numbers may differ, and an armed queue fires. (docs/events.md, "Armed or not", says why it does so at once.)
     /// The caller holds `Process::events`.
     pub(crate) fn resume(&self) {
         let mut state = self.lock();
         self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
-        if state.arms <= state.events {
-            return;
-        }
-        state.events = state.arms - 1;
-        // SAFETY: rebuilt, so the hardware is there.
-        unsafe { arm(&state) };
-        drop(state);
-        // A sender may have resumed before us, and what arrived before the arming fires no event.
-        if self.drain(|_| false).held > 0 {
-            self.notify_if_armed();
+        if state.arms > state.events {
+            state.events = state.arms - 1;
+            drop(state);
+            self.notify();
         }
     }
 }

@@ -117,7 +117,6 @@ impl QueuePair {
         // SAFETY: completion queues outlive their queue pairs, and the gate is closed.
         let queue = unsafe { &*self.send_completions };
         queue.hold(completion);
-        queue.notify_if_armed();
     }
 }
 

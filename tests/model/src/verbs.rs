@@ -1,0 +1,356 @@
+//! The fabric's device, as the verbs of a libibverbs.
+//!
+//! Callers keep the rules of the verbs (objects come from here): that is the SAFETY argument of every block that has no other.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::os::fd::IntoRawFd;
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicU32;
+
+use rdma_core_sys::{
+    IBV_GID_TYPE_ROCE_V2, IBV_LINK_LAYER_ETHERNET, IBV_MTU_1024, IBV_MTU_4096, IBV_PORT_ACTIVE,
+    IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, ibv_async_event,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_gid, ibv_gid_entry, ibv_mr, ibv_pd,
+    ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_wc,
+    verbs_context,
+};
+use reverbs::device::Verbs;
+use reverbs_benches::null_device::{GID, NAME};
+
+use crate::fabric::{Pair, Region, fabric};
+
+static DEVICE: AtomicU32 = AtomicU32::new(0);
+
+/// The device's verbs.
+///
+/// # Panics
+/// Never: every name resolves, if only to a function that says that it is not there.
+#[must_use]
+pub fn verbs() -> &'static Verbs {
+    static VERBS: OnceLock<Verbs> = OnceLock::new();
+    VERBS.get_or_init(|| {
+        // SAFETY: names resolve to functions with the signatures of verbs.h; one that is only stood in for never returns.
+        unsafe { Verbs::load(|name| Some(resolve(name)), libc::__errno_location) }
+            .expect("every name resolves")
+    })
+}
+
+fn resolve(name: &CStr) -> *mut c_void {
+    let known: *const c_void = match name.to_bytes() {
+        b"ibv_get_device_list" => get_device_list as *const c_void,
+        b"ibv_free_device_list" => free_device_list as *const c_void,
+        b"ibv_get_device_name" => get_device_name as *const c_void,
+        b"ibv_open_device" => open_device as *const c_void,
+        b"ibv_close_device" => close_device as *const c_void,
+        b"_ibv_query_gid_table" => query_gid_table as *const c_void,
+        b"ibv_get_async_event" => get_async_event as *const c_void,
+        b"ibv_alloc_pd" => alloc_pd as *const c_void,
+        b"ibv_dealloc_pd" => dealloc_pd as *const c_void,
+        b"ibv_reg_mr_iova2" => reg_mr as *const c_void,
+        b"ibv_dereg_mr" => dereg_mr as *const c_void,
+        b"ibv_create_cq" => create_cq as *const c_void,
+        b"ibv_destroy_cq" => destroy_cq as *const c_void,
+        b"ibv_create_qp" => create_qp as *const c_void,
+        b"ibv_query_qp" => query_qp as *const c_void,
+        b"ibv_modify_qp" => modify_qp as *const c_void,
+        b"ibv_destroy_qp" => destroy_qp as *const c_void,
+        _ => not_there as *const c_void,
+    };
+    known.cast_mut()
+}
+
+extern "C" fn not_there() -> ! {
+    panic!("the fabric was asked for a verb that it does not have")
+}
+
+/// All zeroes is what calloc gives a C provider for its objects.
+fn zeroed<T>() -> T {
+    // SAFETY: only used for C structures of numbers, pointers and optional functions.
+    unsafe { std::mem::zeroed() }
+}
+
+extern "C" fn get_device_list(count: *mut c_int) -> *mut *mut ibv_device {
+    let list = Box::new([DEVICE.as_ptr().cast::<ibv_device>(), std::ptr::null_mut()]);
+    // SAFETY: see the top.
+    unsafe { *count = 1 };
+    Box::into_raw(list).cast()
+}
+
+extern "C" fn free_device_list(list: *mut *mut ibv_device) {
+    // SAFETY: made by `get_device_list`.
+    drop(unsafe { Box::from_raw(list.cast::<[*mut ibv_device; 2]>()) });
+}
+
+extern "C" fn get_device_name(_: *mut ibv_device) -> *const c_char {
+    NAME.as_ptr()
+}
+
+extern "C" fn open_device(_: *mut ibv_device) -> *mut ibv_context {
+    let null = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .expect("/dev/null");
+    let mut context: Box<verbs_context> = Box::new(zeroed());
+    context.sz = size_of::<verbs_context>();
+    context.query_port = Some(query_port);
+    context.context.cmd_fd = null.into_raw_fd();
+    // SAFETY: makes a descriptor. No event ever happens, so it is never readable.
+    context.context.async_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+    context.context.num_comp_vectors = 1;
+    let ops = &mut context.context.ops;
+    ops.poll_cq = Some(poll_cq);
+    ops.post_send = Some(post_send);
+    ops.post_recv = Some(post_recv);
+    ops.req_notify_cq = Some(req_notify_cq);
+    &raw mut Box::leak(context).context
+}
+
+extern "C" fn close_device(context: *mut ibv_context) -> c_int {
+    // SAFETY: made by `open_device`; the context is the last field of what was allocated.
+    unsafe {
+        libc::close((*context).cmd_fd);
+        libc::close((*context).async_fd);
+        drop(Box::from_raw(reverbs::device::extended(context)));
+    }
+    0
+}
+
+unsafe extern "C" fn query_port(
+    _: *mut ibv_context,
+    _: u8,
+    attr: *mut ibv_port_attr,
+    _: usize,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        *attr = ibv_port_attr {
+            state: IBV_PORT_ACTIVE,
+            max_mtu: IBV_MTU_4096,
+            active_mtu: IBV_MTU_1024,
+            gid_tbl_len: 1,
+            pkey_tbl_len: 1,
+            link_layer: IBV_LINK_LAYER_ETHERNET as u8,
+            ..zeroed()
+        };
+    }
+    0
+}
+
+extern "C" fn query_gid_table(
+    _: *mut ibv_context,
+    entries: *mut ibv_gid_entry,
+    room: usize,
+    _: u32,
+    _: usize,
+) -> isize {
+    assert!(room > 0, "room for the one entry");
+    // SAFETY: see the top.
+    unsafe {
+        *entries = ibv_gid_entry {
+            gid: ibv_gid { raw: GID },
+            gid_index: 0,
+            port_num: 1,
+            gid_type: IBV_GID_TYPE_ROCE_V2,
+            ndev_ifindex: 0,
+        };
+    }
+    1
+}
+
+extern "C" fn get_async_event(_: *mut ibv_context, _: *mut ibv_async_event) -> c_int {
+    -1
+}
+
+extern "C" fn alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
+    Box::into_raw(Box::new(ibv_pd { context, handle: 0 }))
+}
+
+extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
+    // SAFETY: made by `alloc_pd`.
+    drop(unsafe { Box::from_raw(pd) });
+    0
+}
+
+extern "C" fn reg_mr(
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    iova: u64,
+    _: u32,
+) -> *mut ibv_mr {
+    let mut fabric = fabric();
+    let key = fabric.number(|fabric, key| fabric.regions.contains_key(&key));
+    let region = Region {
+        address: iova,
+        length: length as u64,
+    };
+    fabric.regions.insert(key, region);
+    Box::into_raw(Box::new(ibv_mr {
+        // SAFETY: see the top.
+        context: unsafe { (*pd).context },
+        pd,
+        addr,
+        length,
+        handle: 0,
+        lkey: key,
+        rkey: key,
+    }))
+}
+
+extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
+    // SAFETY: made by `reg_mr`.
+    let mr = unsafe { Box::from_raw(mr) };
+    fabric().regions.remove(&mr.rkey);
+    0
+}
+
+extern "C" fn create_cq(
+    context: *mut ibv_context,
+    cqe: c_int,
+    cq_context: *mut c_void,
+    channel: *mut ibv_comp_channel,
+    _: c_int,
+) -> *mut ibv_cq {
+    let queue = Box::into_raw(Box::new(ibv_cq {
+        context,
+        channel,
+        cq_context,
+        cqe,
+        ..zeroed()
+    }));
+    fabric()
+        .completions
+        .insert(queue.addr(), Default::default());
+    queue
+}
+
+extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
+    fabric().completions.remove(&cq.addr());
+    // SAFETY: made by `create_cq`.
+    drop(unsafe { Box::from_raw(cq) });
+    0
+}
+
+unsafe extern "C" fn req_notify_cq(_: *mut ibv_cq, _: c_int) -> c_int {
+    0
+}
+
+unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> c_int {
+    let mut fabric = fabric();
+    let Some(queue) = fabric.completions.get_mut(&cq.addr()) else {
+        return -1;
+    };
+    let give = queue.len().min(usize::try_from(count).unwrap_or(0));
+    for (index, completion) in queue.drain(..give).enumerate() {
+        // SAFETY: see the top.
+        unsafe { completions.add(index).write(completion) };
+    }
+    give as c_int
+}
+
+extern "C" fn create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> *mut ibv_qp {
+    // SAFETY: see the top.
+    let (context, init) = unsafe { ((*pd).context, &*init) };
+    let mut fabric = fabric();
+    let number = fabric.number(|fabric, number| fabric.pairs.contains_key(&number));
+    let signal_all = init.sq_sig_all != 0;
+    let pair = Pair::new(init.send_cq.addr(), init.recv_cq.addr(), signal_all);
+    fabric.pairs.insert(number, pair);
+    Box::into_raw(Box::new(ibv_qp {
+        context,
+        qp_context: init.qp_context,
+        pd,
+        send_cq: init.send_cq,
+        recv_cq: init.recv_cq,
+        srq: init.srq,
+        qp_num: number,
+        qp_type: init.qp_type,
+        ..zeroed()
+    }))
+}
+
+extern "C" fn query_qp(
+    qp: *mut ibv_qp,
+    attr: *mut ibv_qp_attr,
+    _: c_int,
+    init: *mut ibv_qp_init_attr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        (*attr, *init) = (zeroed(), zeroed());
+        let fabric = fabric();
+        let Some(pair) = fabric.pairs.get(&(*qp).qp_num) else {
+            return libc::EINVAL;
+        };
+        (*attr).qp_state = pair.state;
+        (*attr).rq_psn = pair.expected;
+        (*attr).sq_psn = pair.next_psn;
+    }
+    0
+}
+
+extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int {
+    let mask = mask as u32;
+    // SAFETY: see the top.
+    let (number, attr) = unsafe { ((*qp).qp_num, &*attr) };
+    let mut fabric = fabric();
+    let Some(pair) = fabric.pairs.get_mut(&number) else {
+        return libc::EINVAL;
+    };
+    if mask & IBV_QP_DEST_QPN != 0 {
+        pair.peer = attr.dest_qp_num;
+    }
+    if mask & IBV_QP_RQ_PSN != 0 {
+        pair.expected = attr.rq_psn;
+    }
+    if mask & IBV_QP_SQ_PSN != 0 {
+        pair.next_psn = attr.sq_psn;
+    }
+    if mask & IBV_QP_PATH_MTU != 0 {
+        pair.mtu = 128 << attr.path_mtu;
+    }
+    if mask & IBV_QP_STATE != 0 {
+        fabric.set_state(number, attr.qp_state);
+    }
+    0
+}
+
+extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {
+    // SAFETY: made by `create_qp`.
+    let qp = unsafe { Box::from_raw(qp) };
+    fabric().pairs.remove(&qp.qp_num);
+    0
+}
+
+unsafe extern "C" fn post_send(
+    qp: *mut ibv_qp,
+    first: *mut ibv_send_wr,
+    _: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        let mut request = first;
+        while !request.is_null() {
+            fabric().post_send((*qp).qp_num, &*request);
+            request = (*request).next;
+        }
+    }
+    0
+}
+
+unsafe extern "C" fn post_recv(
+    qp: *mut ibv_qp,
+    first: *mut ibv_recv_wr,
+    _: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        let mut request = first;
+        while !request.is_null() {
+            fabric().post_receive((*qp).qp_num, &*request);
+            request = (*request).next;
+        }
+    }
+    0
+}
