@@ -12,7 +12,7 @@ use rdma_core_sys::{
 };
 
 /// Numbers of queue pairs and keys are below this, so that they come again soon.
-const POOL: u32 = 64;
+const POOL: u32 = 24;
 
 /// PSNs have 24 bits.
 const PSNS: u32 = 1 << 24;
