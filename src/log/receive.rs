@@ -225,6 +225,12 @@ impl ReceiveRing {
         self.cursor = slot.wrapping_byte_add(self.stride);
     }
 
+    /// The entry that was committed last, until the next [`Self::log`].
+    #[must_use]
+    pub fn last(&self) -> *mut ReceiveSlot {
+        self.cursor.wrapping_byte_sub(self.stride)
+    }
+
     /// Takes an entry out of the log again: the device refused it.
     ///
     /// # Safety

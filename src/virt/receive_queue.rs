@@ -9,7 +9,7 @@ use rdma_core_sys::{ibv_recv_wr, ibv_sge};
 
 use super::context::Context;
 use super::local_key::{LastKey, local_key};
-use super::lock::{QueueGuard, QueueLock};
+use super::lock::{QueueGuard, QueueLock, forget_origin};
 use super::process::process;
 use crate::errno::{Errno, Verb};
 use crate::log::{ReceiveRing, ReceiveSlot};
@@ -104,10 +104,11 @@ impl ReceiveQueue {
             let slot = (*state).ring.log_one(first);
             (*state).ring.commit(slot);
             let code = ((*state).post)((*state).hardware, &raw mut (*slot).wr, bad);
+            let this = forget_origin(std::ptr::from_ref(self).cast_mut());
             if code != 0 {
-                return take_back(self, slot, code);
+                return take_back(&*this, code);
             }
-            self.lock.give_back();
+            (*this).lock.give_back();
             code
         }
     }
@@ -258,7 +259,7 @@ unsafe extern "C" fn post_translated(
         (*translated).lkey = (*state).last_key.hardware;
         let code = ((*state).post)((*state).hardware, copy, bad);
         if code != 0 {
-            return take_back(queue, slot, code);
+            return take_back(queue, code);
         }
         queue.lock.give_back();
         code
@@ -300,12 +301,12 @@ unsafe extern "C" fn post_slowly(
 
 /// The device refused the request that was logged last. Gives the lock back.
 #[cold]
-unsafe extern "C" fn take_back(queue: &ReceiveQueue, slot: *mut ReceiveSlot, code: c_int) -> c_int {
+unsafe extern "C" fn take_back(queue: &ReceiveQueue, code: c_int) -> c_int {
     // SAFETY: the lock is held; the caller has just logged and posted one request, and kept where it came from.
     unsafe {
         let _guard = queue.lock.adopt();
         let state = &mut *queue.state.get();
-        state.ring.undo(slot);
+        state.ring.undo(state.ring.last());
         *state.bad = state.request;
     }
     code

@@ -56,6 +56,8 @@ unsafe impl Sync for CompletionQueue {}
 struct State {
     hardware: *mut ibv_cq,
     poll: Poll,
+    /// Where the poll that is under way puts them.
+    completions: *mut ibv_wc,
     /// Completions that are the application's already, oldest first.
     held: VecDeque<ibv_wc>,
     /// Entries the application asked for.
@@ -90,6 +92,7 @@ pub unsafe fn create(
     let state = State {
         hardware: std::ptr::null_mut(),
         poll: poll_nothing,
+        completions: std::ptr::null_mut(),
         held: VecDeque::new(),
         capacity,
         arms: 0,

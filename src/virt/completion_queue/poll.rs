@@ -8,7 +8,7 @@ use rdma_core_sys::{IBV_WC_RECV, IBV_WC_SUCCESS, ibv_cq, ibv_wc};
 
 use super::{CLOSED, CompletionQueue, HELD, Locked, SHARED, TRANSLATE, WANTED};
 use crate::log::SlotHead;
-use crate::virt::lock::QueueGuard;
+use crate::virt::lock::{QueueGuard, forget_origin};
 use crate::virt::process::{lock, process};
 use crate::virt::queue_pair::{QueuePair, rewrite_datagram};
 
@@ -33,15 +33,27 @@ pub unsafe fn poll(app: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> 
     // SAFETY: the lock is held; `hardware` is there while the queue is neither closed nor held; its completions carry our
     // `wr_id`s.
     unsafe {
+        std::mem::forget(guard);
         let state = queue.state.get();
+        // Kept there, not in a register saved on every call.
+        (*state).completions = completions;
         let got = ((*state).poll)((*state).hardware, count, completions);
-        let mut at = completions;
-        for _ in 0..got {
-            let head = SlotHead::of((*at).wr_id);
-            (*at).wr_id = head.app_wr_id;
-            (*head.retire).store(head.wr_id(), Ordering::Release);
-            at = at.add(1);
+        let queue = CompletionQueue::of(forget_origin(app));
+        if got > 0 {
+            let mut at = (*queue.state.get()).completions;
+            let end = at.add(got as usize);
+            loop {
+                let head = SlotHead::of((*at).wr_id);
+                (*at).wr_id = head.app_wr_id;
+                (*head.retire).store(head.wr_id(), Ordering::Release);
+                // Most polls find one: not worth unrolling.
+                at = forget_origin(at.add(1));
+                if at == end {
+                    break;
+                }
+            }
         }
+        queue.lock.give_back();
         got
     }
 }

@@ -1,6 +1,5 @@
 //! Posting: the hot path. docs/work-logs.md has the argument and the budget.
 
-use std::arch::asm;
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
@@ -12,7 +11,7 @@ use super::post_general::{remote_key, remote_key_place};
 use super::send_queue::{SendQueue, TRANSLATE, WANTED};
 use crate::log::copy_payload;
 use crate::virt::context::Context;
-use crate::virt::lock::QueueGuard;
+use crate::virt::lock::{QueueGuard, forget_origin};
 
 /// `ibv_post_send`.
 ///
@@ -77,21 +76,6 @@ unsafe fn post_plain(
         QueuePair::of(forget_origin(app)).send.lock.give_back();
         code
     }
-}
-
-/// The same pointer. The compiler no longer knows that addresses behind it were computed before, and so folds them into the
-/// instructions that use them instead of keeping them: three instructions less.
-#[inline(always)]
-#[allow(
-    clippy::pointers_in_nomem_asm_block,
-    reason = "no memory is touched: there is no instruction in it"
-)]
-fn forget_origin<T>(mut pointer: *mut T) -> *mut T {
-    // SAFETY: there is no instruction in it.
-    unsafe {
-        asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
-    }
-    pointer
 }
 
 /// A plain request of any number of packets.
