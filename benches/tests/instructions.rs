@@ -17,9 +17,9 @@ const RECORDED: &[(Shape, f64, f64)] = &[
     (Shape::Inline32, 254.90, 305.20),
     (Shape::Pairs64, 59.92, 109.47),
     (Shape::Pairs1024, 59.50, 108.94),
-    (Shape::OneAtATime, 89.41, 138.57),
-    (Shape::Receive, 63.84, 142.14),
-    (Shape::SharedReceive, 63.86, 191.59),
+    (Shape::OneAtATime, 75.41, 138.57),
+    (Shape::Receive, 58.72, 138.40),
+    (Shape::SharedReceive, 58.72, 187.70),
 ];
 
 /// How much more is let pass: one instruction, or 2 %. What goes the general way copies with the C library's `memcpy`, whose count

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::checkpoint::{self, Let, Stopped};
-use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
+use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, ResponderState, Session};
 use crate::virt::process::process;
 
 /// Where the process stands.
@@ -12,6 +12,8 @@ pub(super) struct State {
     phase: Phase,
     session: Option<Session>,
     stopped: Stopped,
+    /// As this process said them last.
+    responders: Vec<ResponderState>,
     left: Let,
     notes: Vec<String>,
 }
@@ -22,6 +24,7 @@ impl Default for State {
             phase: Phase::Running,
             session: None,
             stopped: Stopped::default(),
+            responders: Vec::new(),
             left: Let::default(),
             notes: Vec::new(),
         }
@@ -83,9 +86,13 @@ impl State {
                 self.enter(Phase::Stopped)
             }
             Request::Responders => {
-                self.require(&[Phase::Stopped])?;
+                self.require(&[Phase::Stopped, Phase::Settled])?;
+                // In Settled nothing has moved since they were read: for peers that an orchestrator who died left behind.
+                if self.phase == Phase::Stopped {
+                    self.responders = checkpoint::responders(&mut self.stopped)?;
+                }
                 Ok(Reply::Responders {
-                    responders: checkpoint::responders(&mut self.stopped)?,
+                    responders: self.responders.clone(),
                 })
             }
             Request::Settle { responders } => {
@@ -161,6 +168,7 @@ impl State {
         }
         self.session = None;
         self.stopped = Stopped::default();
+        self.responders = Vec::new();
         self.enter(Phase::Running)
     }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::setup::{Deadline, Mode, Setup};
-use crate::{checkpoints, costs, cycles, facts, failures, faults, moments, own_programs, stock};
+use crate::{
+    checkpoints, costs, cycles, facts, failures, faults, killed, moments, own_programs, stock,
+};
 
 /// In which modes a case makes sense.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -78,6 +80,8 @@ pub enum Action {
     Saved(&'static checkpoints::Saved),
     /// A job that is saved while it starts or ends.
     Moment(&'static moments::Moment),
+    /// An orchestrator that dies.
+    Killed(&'static killed::Killed),
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
 }
@@ -99,6 +103,7 @@ impl Case {
             Action::Objects(objects) => costs::run_objects(objects, job),
             Action::Saved(saved) => checkpoints::run(saved, job),
             Action::Moment(moment) => moments::run(moment, job),
+            Action::Killed(killed) => killed::run(killed, job),
             Action::Failing(failing) => failures::run(failing, job),
         }
     }
@@ -113,6 +118,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(costs::cases());
     cases.extend(checkpoints::cases());
     cases.extend(moments::cases());
+    cases.extend(killed::cases());
     cases.extend(failures::cases());
     cases
 }

@@ -15,6 +15,7 @@ pub mod failures;
 pub mod faults;
 pub mod hardware;
 pub mod jobs;
+pub mod killed;
 pub mod moments;
 pub mod mpi;
 pub mod own_programs;

@@ -396,7 +396,8 @@ impl<'a, A: Agents> Driver<'a, A> {
 
     fn settle(&mut self) -> Result<()> {
         let began = Instant::now();
-        let targets = self.in_phases(&[Phase::Stopped]);
+        // Some may have settled already under an orchestrator that died; their peers need to know all the same.
+        let targets = self.in_phases(&[Phase::Stopped, Phase::Settled]);
         let responders: Vec<_> = self
             .put(&targets, &Request::Responders)?
             .into_iter()

@@ -151,7 +151,7 @@ impl FakeAgent {
                     },
                 };
             }
-            Request::Responders if self.phase == Phase::Stopped => {
+            Request::Responders if matches!(self.phase, Phase::Stopped | Phase::Settled) => {
                 return Reply::Responders {
                     responders: Vec::<ResponderState>::new(),
                 };
