@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use rdma_core_sys::{IBV_QPS_RTS, IBV_QPS_SQD};
+use rdma_core_sys::{IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD};
 
 use super::Phase;
 use crate::control::message::{DrainReport, PortAddress, ResponderState};
+use crate::errno::Errno;
 use crate::log::SlotHead;
 use crate::translate::Address;
 use crate::virt::completion_queue::{SHARED, is_flushed};
@@ -56,32 +57,37 @@ pub(crate) fn drain(limit: Duration, forward: impl Fn()) -> DrainReport {
 pub(crate) fn stop(limit: Duration) -> Phase<Stopped> {
     let mut stopped = Stopped::default();
     each_pair(|_, pair| {
-        let fail =
-            |what, error| format!("cannot {what} queue pair {:#x}: {error}", pair.number().0);
-        pair.note_state().map_err(|error| fail("query", error))?;
-        let moving = [IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
-        if moving && pair.outstanding() > 0 {
-            stopped.pairs.insert(std::ptr::from_ref(pair).addr());
-            stopped
-                .numbers
-                .extend(pair.hardware_number().map(|number| number.0));
-            pair.move_to_error().map_err(|error| fail("stop", error))?;
+        pair.note_state()
+            .map_err(|error| fail("query", pair, error))?;
+        let sends = [IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
+        if sends && pair.outstanding() > 0 {
+            stopped.move_to_error(pair)?;
         }
         Ok(())
     })?;
-    poll_until_silent(&mut stopped, limit);
+    stopped.collect_until_silent(limit);
     Ok(stopped)
 }
 
-/// How far each responder came. All processes have stopped, so nothing moves any more.
+/// How far each responder came. All processes have stopped sending, but a packet may still be on the way; so responders are
+/// moved to the error state first, where nothing is executed any more.
 pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
-    poll_until_silent(stopped, Duration::from_millis(200));
+    const LIMIT: Duration = Duration::from_millis(200);
+    stopped.collect_until_silent(LIMIT);
+    each_pair(|_, pair| {
+        let receives = [IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
+        if receives && pair.is_reliable() && !stopped.has(pair) {
+            stopped.move_to_error(pair)?;
+        }
+        Ok(())
+    })?;
+    stopped.collect_until_silent(LIMIT);
     let mut states = Vec::new();
     each_pair(|context, pair| {
         if pair.is_reliable() && pair.peer_name().is_some() {
-            let expected = pair.expected_psn().map_err(|error| {
-                format!("cannot query queue pair {:#x}: {error}", pair.number().0)
-            })?;
+            let expected = pair
+                .expected_psn()
+                .map_err(|error| fail("query", pair, error))?;
             states.push(ResponderState {
                 address: address(context, pair.port())?,
                 qpn: pair.number(),
@@ -93,11 +99,15 @@ pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
     Ok(states)
 }
 
+fn fail(what: &str, pair: &QueuePair, error: Errno) -> String {
+    format!("cannot {what} queue pair {:#x}: {error}", pair.number().0)
+}
+
 /// Decides what became of every outstanding send. Gives what is to be told to the user.
 pub(crate) fn settle(stopped: &Stopped, responders: &[ResponderState]) -> Phase<Vec<String>> {
     let mut notes = Vec::new();
     each_pair(|_, pair| {
-        if !stopped.pairs.contains(&std::ptr::from_ref(pair).addr()) {
+        if !stopped.has(pair) {
             return Ok(());
         }
         let peer = pair.peer_name();
@@ -142,16 +152,41 @@ fn address(context: &Context, port: u8) -> Phase<PortAddress> {
         .ok_or_else(|| format!("device {} has no port {port}", context.name()))
 }
 
-fn poll_until_silent(stopped: &mut Stopped, limit: Duration) {
-    let until = Instant::now() + limit;
-    let mut silent_since = Instant::now();
-    while silent_since.elapsed() < SILENCE && Instant::now() < until {
-        let Stopped {
+impl Stopped {
+    fn has(&self, pair: &QueuePair) -> bool {
+        self.pairs.contains(&std::ptr::from_ref(pair).addr())
+    }
+
+    /// Takes the flushed completions at once: with many queue pairs they need not all fit the completion queues.
+    fn move_to_error(&mut self, pair: &QueuePair) -> Phase<()> {
+        self.pairs.insert(std::ptr::from_ref(pair).addr());
+        self.numbers
+            .extend(pair.hardware_number().map(|number| number.0));
+        pair.move_to_error()
+            .map_err(|error| fail("stop", pair, error))?;
+        self.collect();
+        Ok(())
+    }
+
+    fn collect_until_silent(&mut self, limit: Duration) {
+        let until = Instant::now() + limit;
+        let mut silent_since = Instant::now();
+        while silent_since.elapsed() < SILENCE && Instant::now() < until {
+            if self.collect() > 0 {
+                silent_since = Instant::now();
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Holds back what is the application's, and notes what was flushed because of us.
+    fn collect(&mut self) -> u64 {
+        let Self {
             pairs,
             numbers,
             flushed,
-        } = stopped;
-        let found = poll_all(|completion| {
+        } = self;
+        poll_all(|completion| {
             // SAFETY: a completion of ours, whose entry is not retired yet.
             let head = unsafe { SlotHead::of(completion.wr_id) };
             let stopped_by_us = match head.owner.addr() & SHARED {
@@ -163,11 +198,7 @@ fn poll_until_silent(stopped: &mut Stopped, limit: Duration) {
                 flushed.insert(completion.wr_id);
             }
             ours
-        });
-        if found > 0 {
-            silent_since = Instant::now();
-        }
-        std::thread::sleep(PAUSE);
+        })
     }
 }
 
@@ -209,7 +240,14 @@ pub(super) fn each_pair(
     mut visit: impl FnMut(&'static Context, &QueuePair) -> Phase<()>,
 ) -> Phase<()> {
     for context in process().contexts() {
-        for (_, pair) in &context.objects().queue_pairs {
+        // Not under the lock: a visit may look at the completion queues.
+        let pairs: Vec<_> = context
+            .objects()
+            .queue_pairs
+            .iter()
+            .map(|(_, pair)| *pair)
+            .collect();
+        for pair in pairs {
             // SAFETY: the gate is closed, so nothing is destroyed.
             visit(context, unsafe { pair.get() })?;
         }

@@ -65,6 +65,8 @@ pub(crate) struct Pair {
     receive_completions: usize,
     signal_all: bool,
     sends: VecDeque<Request>,
+    /// What was in the send queue when the pair was moved to the error state: packets of it may still be on the way.
+    strays: VecDeque<Request>,
     receives: VecDeque<(u64, Vec<ibv_sge>)>,
 }
 
@@ -255,7 +257,8 @@ impl Fabric {
     fn flush(&mut self, number: u32) {
         let pair = self.pair(number);
         let (send_to, receive_to) = (pair.send_completions, pair.receive_completions);
-        let sends: Vec<_> = pair.sends.drain(..).map(|request| request.wr_id).collect();
+        let sends: Vec<_> = pair.sends.iter().map(|request| request.wr_id).collect();
+        pair.strays.extend(pair.sends.drain(..));
         let receives: Vec<_> = pair.receives.drain(..).map(|(wr_id, _)| wr_id).collect();
         for (queue, wr_id) in sends
             .into_iter()
@@ -282,10 +285,12 @@ impl Fabric {
 
     fn deliver_from(&mut self, number: u32, pair: &mut Pair) -> bool {
         let (peer_number, mtu) = (pair.peer, pair.mtu);
-        if pair.state != IBV_QPS_RTS {
-            return false;
-        }
-        let Some(request) = pair.sends.iter_mut().find(|request| !request.is_executed()) else {
+        let on_the_way = match pair.state {
+            IBV_QPS_RTS => &mut pair.sends,
+            IBV_QPS_ERR => &mut pair.strays,
+            _ => return false,
+        };
+        let Some(request) = on_the_way.iter_mut().find(|request| !request.is_executed()) else {
             return false;
         };
         let Some(peer) = self.pairs.get_mut(&peer_number) else {
@@ -394,15 +399,16 @@ impl Fabric {
         true
     }
 
-    /// What stopping `number` now would leave behind.
+    /// What has become of `number`, if nothing more of it is executed.
     #[must_use]
     pub fn truth(&self, number: u32) -> Truth {
         let Some(pair) = self.pairs.get(&number) else {
             return Truth::Known;
         };
         let executed: Vec<_> = pair
-            .sends
+            .strays
             .iter()
+            .chain(&pair.sends)
             .take_while(|request| request.is_executed())
             .collect();
         let lost = executed.iter().enumerate().any(|(index, request)| {

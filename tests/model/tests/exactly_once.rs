@@ -134,15 +134,16 @@ fn play(seed: u64, rounds: &[Round]) {
         }
         let mut truths = [Truth::Known; 2];
         let status = cycle(&folder, |moment| {
+            // Nothing may be executed from here on, although some of it may still be on the way.
+            if moment == Moment::Asked {
+                truths = hardware.map(|number| fabric().truth(number));
+            }
             for (_, step) in round
                 .between
                 .iter()
                 .filter(|(at, _)| MOMENTS[*at] == moment)
             {
                 take(&mut program, step);
-            }
-            if moment == Moment::Drained {
-                truths = hardware.map(|number| fabric().truth(number));
             }
             if moment == Moment::Settled {
                 // From here on the application may see it.
