@@ -26,6 +26,33 @@ const ELEMENTS: usize = 4;
 const DEPTH: u32 = 128;
 const MESSAGE: u32 = 32;
 
+/// The states through which an RC queue pair is connected, and what is set on the way to each (`ibv_modify_qp(3)`).
+pub const CONNECT: [(u32, u32); 3] = [
+    (
+        IBV_QPS_INIT,
+        IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS,
+    ),
+    (
+        IBV_QPS_RTR,
+        IBV_QP_STATE
+            | IBV_QP_AV
+            | IBV_QP_PATH_MTU
+            | IBV_QP_DEST_QPN
+            | IBV_QP_RQ_PSN
+            | IBV_QP_MAX_DEST_RD_ATOMIC
+            | IBV_QP_MIN_RNR_TIMER,
+    ),
+    (
+        IBV_QPS_RTS,
+        IBV_QP_STATE
+            | IBV_QP_SQ_PSN
+            | IBV_QP_TIMEOUT
+            | IBV_QP_RETRY_CNT
+            | IBV_QP_RNR_RETRY
+            | IBV_QP_MAX_QP_RD_ATOMIC,
+    ),
+];
+
 /// An application, connected to itself and ready to post.
 #[derive(Debug)]
 pub struct Application {
@@ -355,25 +382,9 @@ impl Control {
             attr.ah_attr.is_global = 1;
             attr.ah_attr.port_num = 1;
             attr.ah_attr.grh.dgid.raw = GID;
-            let init = IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
-            let receive = IBV_QP_AV
-                | IBV_QP_PATH_MTU
-                | IBV_QP_DEST_QPN
-                | IBV_QP_RQ_PSN
-                | IBV_QP_MAX_DEST_RD_ATOMIC
-                | IBV_QP_MIN_RNR_TIMER;
-            let send = IBV_QP_SQ_PSN
-                | IBV_QP_TIMEOUT
-                | IBV_QP_RETRY_CNT
-                | IBV_QP_RNR_RETRY
-                | IBV_QP_MAX_QP_RD_ATOMIC;
-            for (state, mask) in [
-                (IBV_QPS_INIT, init),
-                (IBV_QPS_RTR, receive),
-                (IBV_QPS_RTS, send),
-            ] {
+            for (state, mask) in CONNECT {
                 attr.qp_state = state;
-                let mask = (mask | IBV_QP_STATE) as c_int;
+                let mask = mask as c_int;
                 match self.is_direct() {
                     true => {
                         let code = (null_device::verbs().ibv_modify_qp)(pair, &raw mut attr, mask);

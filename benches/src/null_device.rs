@@ -44,7 +44,9 @@ pub fn verbs() -> &'static Verbs {
     })
 }
 
-fn resolve(name: &CStr) -> *mut c_void {
+/// The function behind a verb's name. Another device may take from here what it does not do in its own way.
+#[must_use]
+pub fn resolve(name: &CStr) -> *mut c_void {
     let known: *const c_void = match name.to_bytes() {
         b"ibv_get_device_list" => get_device_list as *const c_void,
         b"ibv_free_device_list" => free_device_list as *const c_void,
@@ -102,7 +104,11 @@ extern "C" fn get_device_name(_: *mut ibv_device) -> *const c_char {
     NAME.as_ptr()
 }
 
-extern "C" fn open_device(_: *mut ibv_device) -> *mut ibv_context {
+/// Opens the device: a context whose operations may be replaced.
+///
+/// # Panics
+/// There is no `/dev/null`.
+pub extern "C" fn open_device(_: *mut ibv_device) -> *mut ibv_context {
     let null = std::fs::File::options()
         .read(true)
         .write(true)

@@ -85,28 +85,49 @@ fn describe_device(folder: &Path) {
     reverbs::virt::ports::read_facts_in(Sysfs::at(folder));
 }
 
-fn replace_hardware(runtime_dir: &Path) {
-    let pid = std::process::id().cast_signed();
-    let mut agent = UnixStream::connect(socket::agent_socket(runtime_dir, pid)).expect("the agent");
-    let mut ask = |request: Request| {
-        socket::send(&mut agent, &request).expect("the agent takes requests");
-        match socket::receive(&mut agent).expect("the agent answers") {
+/// The agent of this process, and a session with it.
+#[derive(Debug)]
+pub struct Agent(UnixStream);
+
+impl Agent {
+    /// Connects, and begins.
+    ///
+    /// # Panics
+    /// It does not listen, or is at work for somebody else.
+    #[must_use]
+    pub fn begin(runtime_dir: &Path) -> Self {
+        let pid = std::process::id().cast_signed();
+        let stream = UnixStream::connect(socket::agent_socket(runtime_dir, pid));
+        let mut agent = Self(stream.expect("the agent"));
+        agent.ask(Request::Hello {
+            version: PROTOCOL_VERSION,
+        });
+        let session = Session {
+            id: "this process".into(),
+            pid,
+        };
+        agent.ask(Request::Begin {
+            session,
+            takeover: false,
+        });
+        agent
+    }
+
+    /// # Panics
+    /// It refuses.
+    pub fn ask(&mut self, request: Request) -> Reply {
+        socket::send(&mut self.0, &request).expect("the agent takes requests");
+        match socket::receive(&mut self.0).expect("the agent answers") {
             None => panic!("the agent hung up at {request:?}"),
             Some(Reply::Refused { reason, .. }) => panic!("{request:?}: {reason}"),
             Some(reply) => reply,
         }
-    };
-    let session = Session {
-        id: "benches".into(),
-        pid,
-    };
-    ask(Request::Hello {
-        version: PROTOCOL_VERSION,
-    });
-    ask(Request::Begin {
-        session,
-        takeover: false,
-    });
+    }
+}
+
+fn replace_hardware(runtime_dir: &Path) {
+    let mut agent = Agent::begin(runtime_dir);
+    let mut ask = |request| agent.ask(request);
     ask(Request::Close { limit_ms: 1000 });
     ask(Request::Drain { limit_ms: 1000 });
     ask(Request::Stop { limit_ms: 1000 });

@@ -1,11 +1,10 @@
 //! A checkpoint without an image: the agent of this process is taken through the phases, as `reverbs cycle` does.
 
-use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 
-use reverbs::control::message::{PROTOCOL_VERSION, ProcessStatus, Reply, Request, Session};
-use reverbs::control::socket;
+use reverbs::control::message::{ProcessStatus, Reply, Request};
+use reverbs_benches::restart::Agent;
 
 /// A moment between two phases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,27 +32,8 @@ pub fn cycle(runtime_dir: &Path, mut between: impl FnMut(Moment)) -> ProcessStat
             failed = catch_unwind(AssertUnwindSafe(|| between(moment))).err();
         }
     };
-    let pid = std::process::id().cast_signed();
-    let mut agent = UnixStream::connect(socket::agent_socket(runtime_dir, pid)).expect("the agent");
-    let mut ask = |request: Request| {
-        socket::send(&mut agent, &request).expect("the agent takes requests");
-        match socket::receive(&mut agent).expect("the agent answers") {
-            None => panic!("the agent hung up at {request:?}"),
-            Some(Reply::Refused { reason, .. }) => panic!("{request:?}: {reason}"),
-            Some(reply) => reply,
-        }
-    };
-    let session = Session {
-        id: "model".into(),
-        pid,
-    };
-    ask(Request::Hello {
-        version: PROTOCOL_VERSION,
-    });
-    ask(Request::Begin {
-        session,
-        takeover: false,
-    });
+    let mut agent = Agent::begin(runtime_dir);
+    let mut ask = |request| agent.ask(request);
     between(Moment::Begun);
     ask(Request::Close { limit_ms: 1000 });
     between(Moment::Closed);

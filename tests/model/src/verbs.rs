@@ -2,24 +2,18 @@
 //!
 //! Callers keep the rules of the verbs (objects come from here): that is the SAFETY argument of every block that has no other.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
-use std::os::fd::IntoRawFd;
+use std::ffi::{CStr, c_int, c_void};
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicU32;
 
 use rdma_core_sys::{
-    IBV_GID_TYPE_ROCE_V2, IBV_LINK_LAYER_ETHERNET, IBV_MTU_1024, IBV_MTU_4096, IBV_PORT_ACTIVE,
-    IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, ibv_async_event,
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_gid, ibv_gid_entry, ibv_mr, ibv_pd,
-    ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_wc,
-    verbs_context,
+    IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, ibv_comp_channel,
+    ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
+    ibv_recv_wr, ibv_send_wr, ibv_wc,
 };
 use reverbs::device::Verbs;
-use reverbs_benches::null_device::{GID, NAME};
+use reverbs_benches::null_device;
 
 use crate::fabric::{Pair, Region, fabric};
-
-static DEVICE: AtomicU32 = AtomicU32::new(0);
 
 /// The device's verbs.
 ///
@@ -35,17 +29,10 @@ pub fn verbs() -> &'static Verbs {
     })
 }
 
+/// What a fabric changes; the rest is that of a device that does nothing.
 fn resolve(name: &CStr) -> *mut c_void {
     let known: *const c_void = match name.to_bytes() {
-        b"ibv_get_device_list" => get_device_list as *const c_void,
-        b"ibv_free_device_list" => free_device_list as *const c_void,
-        b"ibv_get_device_name" => get_device_name as *const c_void,
         b"ibv_open_device" => open_device as *const c_void,
-        b"ibv_close_device" => close_device as *const c_void,
-        b"_ibv_query_gid_table" => query_gid_table as *const c_void,
-        b"ibv_get_async_event" => get_async_event as *const c_void,
-        b"ibv_alloc_pd" => alloc_pd as *const c_void,
-        b"ibv_dealloc_pd" => dealloc_pd as *const c_void,
         b"ibv_reg_mr_iova2" => reg_mr as *const c_void,
         b"ibv_dereg_mr" => dereg_mr as *const c_void,
         b"ibv_create_cq" => create_cq as *const c_void,
@@ -54,13 +41,9 @@ fn resolve(name: &CStr) -> *mut c_void {
         b"ibv_query_qp" => query_qp as *const c_void,
         b"ibv_modify_qp" => modify_qp as *const c_void,
         b"ibv_destroy_qp" => destroy_qp as *const c_void,
-        _ => not_there as *const c_void,
+        _ => return null_device::resolve(name),
     };
     known.cast_mut()
-}
-
-extern "C" fn not_there() -> ! {
-    panic!("the fabric was asked for a verb that it does not have")
 }
 
 /// All zeroes is what calloc gives a C provider for its objects.
@@ -69,107 +52,14 @@ fn zeroed<T>() -> T {
     unsafe { std::mem::zeroed() }
 }
 
-extern "C" fn get_device_list(count: *mut c_int) -> *mut *mut ibv_device {
-    let list = Box::new([DEVICE.as_ptr().cast::<ibv_device>(), std::ptr::null_mut()]);
-    // SAFETY: see the top.
-    unsafe { *count = 1 };
-    Box::into_raw(list).cast()
-}
-
-extern "C" fn free_device_list(list: *mut *mut ibv_device) {
-    // SAFETY: made by `get_device_list`.
-    drop(unsafe { Box::from_raw(list.cast::<[*mut ibv_device; 2]>()) });
-}
-
-extern "C" fn get_device_name(_: *mut ibv_device) -> *const c_char {
-    NAME.as_ptr()
-}
-
-extern "C" fn open_device(_: *mut ibv_device) -> *mut ibv_context {
-    let null = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .expect("/dev/null");
-    let mut context: Box<verbs_context> = Box::new(zeroed());
-    context.sz = size_of::<verbs_context>();
-    context.query_port = Some(query_port);
-    context.context.cmd_fd = null.into_raw_fd();
-    // SAFETY: makes a descriptor. No event ever happens, so it is never readable.
-    context.context.async_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-    context.context.num_comp_vectors = 1;
-    let ops = &mut context.context.ops;
+extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
+    let context = null_device::open_device(device);
+    // SAFETY: just made, and nobody else's.
+    let ops = unsafe { &mut (*context).ops };
     ops.poll_cq = Some(poll_cq);
     ops.post_send = Some(post_send);
     ops.post_recv = Some(post_recv);
-    ops.req_notify_cq = Some(req_notify_cq);
-    &raw mut Box::leak(context).context
-}
-
-extern "C" fn close_device(context: *mut ibv_context) -> c_int {
-    // SAFETY: made by `open_device`; the context is the last field of what was allocated.
-    unsafe {
-        libc::close((*context).cmd_fd);
-        libc::close((*context).async_fd);
-        drop(Box::from_raw(reverbs::device::extended(context)));
-    }
-    0
-}
-
-unsafe extern "C" fn query_port(
-    _: *mut ibv_context,
-    _: u8,
-    attr: *mut ibv_port_attr,
-    _: usize,
-) -> c_int {
-    // SAFETY: see the top.
-    unsafe {
-        *attr = ibv_port_attr {
-            state: IBV_PORT_ACTIVE,
-            max_mtu: IBV_MTU_4096,
-            active_mtu: IBV_MTU_1024,
-            gid_tbl_len: 1,
-            pkey_tbl_len: 1,
-            link_layer: IBV_LINK_LAYER_ETHERNET as u8,
-            ..zeroed()
-        };
-    }
-    0
-}
-
-extern "C" fn query_gid_table(
-    _: *mut ibv_context,
-    entries: *mut ibv_gid_entry,
-    room: usize,
-    _: u32,
-    _: usize,
-) -> isize {
-    assert!(room > 0, "room for the one entry");
-    // SAFETY: see the top.
-    unsafe {
-        *entries = ibv_gid_entry {
-            gid: ibv_gid { raw: GID },
-            gid_index: 0,
-            port_num: 1,
-            gid_type: IBV_GID_TYPE_ROCE_V2,
-            ndev_ifindex: 0,
-        };
-    }
-    1
-}
-
-extern "C" fn get_async_event(_: *mut ibv_context, _: *mut ibv_async_event) -> c_int {
-    -1
-}
-
-extern "C" fn alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
-    Box::into_raw(Box::new(ibv_pd { context, handle: 0 }))
-}
-
-extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
-    // SAFETY: made by `alloc_pd`.
-    drop(unsafe { Box::from_raw(pd) });
-    0
+    context
 }
 
 extern "C" fn reg_mr(
@@ -229,10 +119,6 @@ extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
     fabric().completions.remove(&cq.addr());
     // SAFETY: made by `create_cq`.
     drop(unsafe { Box::from_raw(cq) });
-    0
-}
-
-unsafe extern "C" fn req_notify_cq(_: *mut ibv_cq, _: c_int) -> c_int {
     0
 }
 
