@@ -1,7 +1,11 @@
 //! What stands in the way, before anything is touched.
 
+use std::time::Duration;
+
 use kmod_compat::devices::{self, NodeType};
-use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_descriptors, rdma_mappings};
+use kmod_compat::fds::{
+    DescriptorKind, FdError, Process as Whose, RdmaDescriptor, rdma_descriptors, rdma_mappings,
+};
 use kmod_compat::netlink::Connection;
 use kmod_compat::restrack::live_connection_ids;
 use kmod_compat::sysfs::Sysfs;
@@ -15,7 +19,12 @@ use crate::virt::process::process;
 pub(crate) fn examine() -> Vec<Obstacle> {
     let mut obstacles = Vec::new();
     let mut say = |what: String| obstacles.push(Obstacle { what });
-    match rdma_descriptors(&Sysfs::host(), Whose::Own) {
+    let is_fine = |descriptor: &RdmaDescriptor| match &descriptor.kind {
+        DescriptorKind::ConnectionManager | DescriptorKind::Events => true,
+        DescriptorKind::Verbs { .. } => our_descriptors().contains(&descriptor.number),
+        _ => false,
+    };
+    match settled_descriptors(is_fine) {
         Err(error) => say(format!("cannot look at the file descriptors: {error}")),
         Ok(descriptors) => {
             let ours = our_descriptors();
@@ -60,6 +69,23 @@ pub(crate) fn examine() -> Vec<Obstacle> {
         ));
     }
     obstacles
+}
+
+/// The RDMA descriptors of this process. For a moment within `ibv_open_device` and `ibv_close_device` libibverbs has one that we
+/// do not know (yet, or any more): such are looked at again before they are believed.
+pub(super) fn settled_descriptors(
+    is_fine: impl Fn(&RdmaDescriptor) -> bool,
+) -> Result<Vec<RdmaDescriptor>, FdError> {
+    const LOOKS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(50);
+    for _ in 0..LOOKS {
+        let found = rdma_descriptors(&Sysfs::host(), Whose::Own)?;
+        if found.iter().all(&is_fine) {
+            return Ok(found);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    rdma_descriptors(&Sysfs::host(), Whose::Own)
 }
 
 /// Command files of the hardware and those that the application sees.

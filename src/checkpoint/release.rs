@@ -1,16 +1,15 @@
 //! Letting go of the hardware: every object, then every file descriptor.
 
-use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_descriptors, rdma_mappings};
+use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_mappings};
 use kmod_compat::substitute::substitute;
-use kmod_compat::sysfs::Sysfs;
 
 use super::Phase;
+use super::examine::settled_descriptors;
 use crate::errno::Verb;
 use crate::virt::channel::Channel;
-use crate::virt::context::{Context, replace_command_file};
+use crate::virt::context::{Context, put_aside};
 use crate::virt::ports;
 use crate::virt::process::process;
 
@@ -42,19 +41,18 @@ pub(crate) fn release() -> Phase<Let> {
         context.set_hardware(std::ptr::null_mut());
         // SAFETY: the device's own; all its objects are gone.
         unsafe { (context.verbs.ibv_close_device)(hardware) };
-        let stand_in = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/null")
-            .map_err(|error| format!("/dev/null: {error}"))?;
         // SAFETY: the application's context is open; only its file number is read.
         let number = unsafe { (*context.app()).cmd_fd };
-        replace_command_file(number, std::os::fd::AsRawFd::as_raw_fd(&stand_in))
-            .map_err(|error| format!("file descriptor {number}: {error}"))?;
+        put_aside(number).map_err(|error| format!("file descriptor {number}: {error}"))?;
     }
     let mut left = Let::default();
-    let descriptors =
-        rdma_descriptors(&Sysfs::host(), Whose::Own).map_err(|error| error.to_string())?;
+    let descriptors = settled_descriptors(|descriptor| {
+        matches!(
+            descriptor.kind,
+            DescriptorKind::ConnectionManager | DescriptorKind::Events
+        )
+    })
+    .map_err(|error| error.to_string())?;
     for descriptor in descriptors {
         match descriptor.kind {
             DescriptorKind::ConnectionManager => {

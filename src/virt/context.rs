@@ -1,7 +1,8 @@
 //! An open device.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex};
@@ -108,6 +109,9 @@ pub unsafe fn open(
 ) -> Verb<Opened> {
     let process = process();
     process.check_owner()?;
+    // The file that libibverbs opened is not needed, and while we wait for the gate a checkpoint may have to let go of it.
+    // SAFETY: libibverbs has opened it and is waiting for us.
+    put_aside(unsafe { (*app).cmd_fd })?;
     // Before the job's numbers are looked for: an orchestrator that is about to leave them has to see us.
     crate::agent::start();
     let _inside = process.gate.enter();
@@ -177,6 +181,16 @@ pub(crate) fn replace_command_file(to: RawFd, from: RawFd) -> Verb<()> {
     }
 }
 
+/// Puts something that can be saved under the number of a command file.
+pub(crate) fn put_aside(command_file: RawFd) -> Verb<()> {
+    let stand_in = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(|error| error.raw_os_error().map_or(Errno::IO, Errno))?;
+    replace_command_file(command_file, stand_in.as_raw_fd())
+}
+
 /// Closes the hardware below `app` and forgets the context. What libibverbs made is the caller's to free.
 ///
 /// # Errors
@@ -194,7 +208,13 @@ pub fn close(app: *mut ibv_context) -> Verb<()> {
         .channels()
         .retain(|channel| !channel.belongs_to(context));
     // SAFETY: the application has no object of this context any more, or may not use it; nobody finds it in the registry.
-    unsafe { (context.verbs.ibv_close_device)(context.hardware()) };
+    // libibverbs closes the command file's number after us; nothing of the hardware may be seen there until then.
+    unsafe {
+        (context.verbs.ibv_close_device)(context.hardware());
+        if let Err(error) = put_aside((*context.app()).cmd_fd) {
+            tracing::warn!(%error, "a closed device stays open until libibverbs closes its file");
+        }
+    }
     context.set_hardware(std::ptr::null_mut());
     // The agent may still be looking at it, and a context is small: it is left where it is, without its pipe's other end.
     context.events.close_writer();
