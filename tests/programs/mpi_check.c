@@ -2,12 +2,13 @@
  *
  * mpi_check: an MPI program that checks every byte it receives.
  *
- *   mpi_check [--iterations N] [--until FILE] [--linger MILLISECONDS]
+ *   mpi_check [--iterations N] [--until FILE] [--linger MILLISECONDS] [--late FILE]
  *
  * It goes on for N rounds, or until FILE exists (rank 0 looks). A wrong byte, sum or status aborts
  * the job and says where. Otherwise each rank ends with "rank R done sum S" (S depends only on the
  * number of ranks and rounds), and rank 0 with "ok". With --linger rank 0 says "finalizing" from
- * within MPI_Finalize, and all ranks stay there for so long before anything is taken down.
+ * within MPI_Finalize, and all ranks stay there for so long before anything is taken down. With
+ * --late only rank 0 calls MPI_Init at once, and waits in there for the others, until FILE exists.
  */
 #include <inttypes.h>
 #include <mpi.h>
@@ -200,6 +201,15 @@ static int linger(MPI_Comm communicator, int key, void *milliseconds, void *stat
 	return MPI_SUCCESS;
 }
 
+/* Open MPI tells a process its rank in the environment. */
+static void wait_if_late(const char *file)
+{
+	const char *own = getenv("OMPI_COMM_WORLD_RANK");
+
+	while (own && strcmp(own, "0") && access(file, F_OK))
+		usleep(10000);
+}
+
 int main(int count, char **arguments)
 {
 	uint64_t iterations = 0, total = 0;
@@ -207,6 +217,9 @@ int main(int count, char **arguments)
 	unsigned int milliseconds = 0;
 	unsigned char *out, *in;
 
+	for (int i = 1; i + 1 < count; i += 2)
+		if (!strcmp(arguments[i], "--late"))
+			wait_if_late(arguments[i + 1]);
 	MPI_Init(&count, &arguments);
 	MPI_Comm_rank(MPI_COMM_WORLD, &rank);
 	MPI_Comm_size(MPI_COMM_WORLD, &ranks);

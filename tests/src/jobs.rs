@@ -35,6 +35,8 @@ pub enum Kind {
     Beside { what: &'static str },
     /// `mpi_check`; a file makes it finish.
     Mpi { ranks: u32 },
+    /// `mpi_check` of which only rank 0 is in `MPI_Init`, until the others are let in.
+    Starting { ranks: u32 },
     /// `mpi_check` that stays inside of `MPI_Finalize` for a while.
     Finalizing { ranks: u32, milliseconds: u32 },
 }
@@ -61,6 +63,11 @@ impl Kind {
                 Ok(command)
             }
             Self::Mpi { ranks } => mpi(ranks),
+            Self::Starting { ranks } => {
+                let mut command = mpi(ranks)?;
+                command.arg("--late").arg(all_in(&job.folder));
+                Ok(command)
+            }
             Self::Finalizing {
                 ranks,
                 milliseconds,
@@ -142,7 +149,9 @@ impl<'a> Started<'a> {
         let (name, count) = match self.kind {
             Kind::Traffic => return Ok(vec![self.root]),
             Kind::Beside { .. } => ("rc_traffic", 2),
-            Kind::Mpi { ranks } | Kind::Finalizing { ranks, .. } => ("mpi_check", ranks as usize),
+            Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
+                ("mpi_check", ranks as usize)
+            }
         };
         let mut found = mpi::processes_called(self.root, name);
         ensure!(found.len() == count, "processes found: {found:?}");
@@ -249,9 +258,19 @@ impl<'a> Started<'a> {
             Kind::Traffic | Kind::Beside { .. } => {
                 process::signal_each(&[self.root], Signal::TERM);
             }
-            Kind::Mpi { .. } | Kind::Finalizing { .. } => fs::write(until(&self.job.folder), "")?,
+            Kind::Mpi { .. } | Kind::Starting { .. } | Kind::Finalizing { .. } => {
+                fs::write(until(&self.job.folder), "")?
+            }
         }
         Ok(())
+    }
+
+    /// Lets the ranks that are late into `MPI_Init`.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn let_all_in(&self) -> Result<()> {
+        Ok(fs::write(all_in(&self.job.folder), "")?)
     }
 
     /// A job of MPI that is brought back is not to finish at once.
@@ -282,7 +301,7 @@ impl<'a> Started<'a> {
             Kind::Traffic | Kind::Beside { .. } => {
                 own_programs::check_account(&output).map(|count| format!("{count} messages"))
             }
-            Kind::Mpi { ranks } | Kind::Finalizing { ranks, .. } => {
+            Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
                 mpi::check_account(&output, ranks).map(|count| format!("{count} rounds"))
             }
         }
@@ -314,6 +333,11 @@ impl<'a> Started<'a> {
 /// The file whose existence makes `mpi_check` finish.
 fn until(folder: &Path) -> PathBuf {
     folder.join("enough")
+}
+
+/// The file whose existence lets all ranks start.
+fn all_in(folder: &Path) -> PathBuf {
+    folder.join("all-in")
 }
 
 /// `reverbs run` for a command, with the command's own environment.

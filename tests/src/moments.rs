@@ -65,9 +65,11 @@ pub fn cases() -> Vec<Case> {
 pub fn run(moment: &Moment, job: &Job<'_>) -> Result<String> {
     let (mut started, image) = match moment.when {
         When::Init => {
-            let mut started = Started::launch(job, Kind::Mpi { ranks: RANKS })?;
+            // The others open their devices after the checkpoint, so they also have to learn its numbers.
+            let mut started = Started::launch(job, Kind::Starting { ranks: RANKS })?;
             started.wait_for_device()?;
             let image = started.checkpoint(&[])?;
+            started.let_all_in()?;
             started.wait_until_ready()?;
             (started, image)
         }
