@@ -85,13 +85,13 @@ pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
     let mut states = Vec::new();
     each_pair(|context, pair| {
         if pair.is_reliable() && pair.peer_name().is_some() {
-            let expected = pair
-                .expected_psn()
+            let progress = pair
+                .progress()
                 .map_err(|error| fail("query", pair, error))?;
             states.push(ResponderState {
                 address: address(context, pair.port())?,
                 qpn: pair.number(),
-                expected,
+                progress,
             });
         }
         Ok(())
@@ -111,13 +111,13 @@ pub(crate) fn settle(stopped: &Stopped, responders: &[ResponderState]) -> Phase<
             return Ok(());
         }
         let peer = pair.peer_name();
-        let expected = peer.and_then(|(address, qpn)| {
+        let responder = peer.and_then(|(address, qpn)| {
             let peer = responders
                 .iter()
                 .find(|state| state.qpn == qpn && is_at(&state.address, address));
-            peer.map(|state| state.expected)
+            peer.map(|state| state.progress)
         });
-        match pair.settle(&stopped.flushed, expected) {
+        match pair.settle(&stopped.flushed, responder) {
             Fate::Known { again } => tracing::debug!(qpn = pair.number().0, again, "settled"),
             Fate::Unknown { why } => {
                 pair.give_up();

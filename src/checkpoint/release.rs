@@ -11,7 +11,7 @@ use crate::errno::Verb;
 use crate::virt::channel::Channel;
 use crate::virt::context::{Context, put_aside};
 use crate::virt::ports;
-use crate::virt::process::process;
+use crate::virt::process::{lock, process};
 
 /// What has to be put back at the rebuild besides verbs objects.
 #[derive(Clone, Debug, Default)]
@@ -105,7 +105,8 @@ fn release_objects(context: &Context) -> Verb<()> {
         for (_, pair) in &objects.queue_pairs {
             pair.get().release()?;
         }
-        context.release_dead_end();
+        lock(&context.dead_end).take();
+        lock(&context.responder_psn_is_live).take();
         for (_, handle) in &objects.address_handles {
             handle.get().release();
         }

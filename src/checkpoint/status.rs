@@ -9,7 +9,7 @@ use crate::control::message::{
 };
 use crate::virt::context::Context;
 use crate::virt::ports;
-use crate::virt::process::process;
+use crate::virt::process::{lock, process};
 use crate::virt::queue_pair::QueuePair;
 
 /// The registry must hold still: the caller is inside the gate, or has closed it.
@@ -36,6 +36,7 @@ fn context_status(context: &'static Context) -> ContextStatus {
         ContextStatus {
             device: context.name(),
             hardware_device: context.hardware_name(),
+            responder_psn_is_live: *lock(&context.responder_psn_is_live),
             ports: ports::numbers(context),
             queue_pairs: objects
                 .queue_pairs

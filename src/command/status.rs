@@ -83,6 +83,12 @@ fn describe_context(text: &mut String, context: &ContextStatus) {
         context.address_handles,
         context.completion_channels
     );
+    if context.responder_psn_is_live == Some(false) {
+        let _ = writeln!(
+            text,
+            "    this device does not tell how far responders came: messages are counted"
+        );
+    }
     for port in &context.ports {
         describe_port(text, port);
     }

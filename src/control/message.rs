@@ -8,7 +8,7 @@ use crate::handle::{
 };
 
 /// Both ends must speak the same version; a difference is refused at [`Request::Hello`].
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Where a process stands. Phases are entered in this order and the last leads back to the first; the only ways back
 /// are `Closed` to `Running` (nothing was moved yet) and `Connected` to `Running`.
@@ -155,8 +155,19 @@ pub struct DrainReport {
 pub struct ResponderState {
     pub address: PortAddress,
     pub qpn: VirtualQpn,
-    /// The next PSN it expects (`rq_psn` of `ibv_query_qp`).
-    pub expected: Psn,
+    pub progress: Progress,
+}
+
+/// What a responder can tell of how far it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Progress {
+    /// The next PSN it expects (`rq_psn` of `ibv_query_qp`), from a device that was seen to keep this up to date.
+    Expects(Psn),
+    /// How many messages of this connection have used up a receive, modulo 2^32.
+    Received(u32),
+    /// Neither: the receives are those of a shared queue.
+    Unknown,
 }
 
 /// How peers address a port: by GID on RoCE and routed fabrics, by LID within an InfiniBand subnet.
@@ -229,6 +240,8 @@ pub struct ProcessStatus {
 pub struct ContextStatus {
     pub device: String,
     pub hardware_device: String,
+    /// Whether the device tells how far its responders came (`rq_psn`); `None` before an RC queue pair is connected.
+    pub responder_psn_is_live: Option<bool>,
     pub ports: Vec<PortNumbers>,
     pub queue_pairs: Vec<QueuePairStatus>,
     pub memory_regions: Vec<MemoryRegionStatus>,

@@ -60,6 +60,8 @@ pub struct ReceiveRing {
     base: *mut ReceiveSlot,
     stride: usize,
     sequence: u64,
+    /// Requests that were committed and then refused by the device.
+    undone: u64,
     max_sge: u32,
     slots: usize,
     memory: Option<Memory>,
@@ -74,6 +76,7 @@ impl Default for ReceiveRing {
             base: ptr::null_mut(),
             stride: 0,
             sequence: 0,
+            undone: 0,
             max_sge: 0,
             slots: 0,
             memory: None,
@@ -107,6 +110,7 @@ impl ReceiveRing {
             base,
             stride,
             sequence: 0,
+            undone: 0,
             max_sge,
             slots,
             memory: Some(memory),
@@ -238,6 +242,13 @@ impl ReceiveRing {
     pub unsafe fn undo(&mut self, slot: *mut ReceiveSlot) {
         // SAFETY: as the caller vouches.
         unsafe { (*slot).head.mark.store(0, Ordering::Release) };
+        self.undone += 1;
+    }
+
+    /// How many requests have completed since the queue was made or reset.
+    #[must_use]
+    pub fn completed(&self) -> u64 {
+        self.sequence - self.undone - self.posted().len() as u64
     }
 
     /// Posted entries, in the order in which they were posted.

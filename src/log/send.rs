@@ -9,7 +9,10 @@ use std::fmt;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rdma_core_sys::{IBV_SEND_INLINE, IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_send_wr, ibv_sge};
+use rdma_core_sys::{
+    IBV_SEND_INLINE, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND,
+    IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
+};
 
 use super::SlotHead;
 use super::ring::{Memory, stride};
@@ -26,7 +29,9 @@ pub struct SendSlot {
     inline: *mut u8,
     /// The PSN after this request's last packet.
     pub psn_after: u32,
-    reserved: u32,
+    /// Messages up to and including this one that use up a receive at the peer. Only where they are counted:
+    /// [`SendRing::count_receives`].
+    pub receives_after: u32,
 }
 
 impl fmt::Debug for SendSlot {
@@ -346,6 +351,38 @@ impl SendRing {
             self.psn = self.psn.wrapping_add(self.packets_of(slot));
             (*slot).psn_after = self.psn;
         }
+    }
+
+    /// Notes how many receives of the peer are used up by the time an entry is executed.
+    ///
+    /// # Safety
+    /// `slot` must be an entry of this ring, and the one before it be counted, if that is of the same connection.
+    pub unsafe fn count_receives(&self, slot: *mut SendSlot) {
+        let takes_receive = [
+            IBV_WR_SEND,
+            IBV_WR_SEND_WITH_IMM,
+            IBV_WR_RDMA_WRITE_WITH_IMM,
+        ];
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let one = u32::from(takes_receive.contains(&(*slot).wr.opcode));
+            (*slot).receives_after = self.receives_before(slot).wrapping_add(one);
+        }
+    }
+
+    /// The count before an entry, or before the next one to be logged.
+    ///
+    /// # Safety
+    /// `slot` must be an entry of this ring, or null for the next one.
+    #[must_use]
+    pub unsafe fn receives_before(&self, slot: *mut SendSlot) -> u32 {
+        if !self.is_allocated() {
+            return 0;
+        }
+        let slot = self.wrapped(if slot.is_null() { self.cursor } else { slot });
+        let after = if slot == self.base { self.end } else { slot };
+        // SAFETY: as the caller vouches; entries follow each other around the ring.
+        unsafe { (*after.wrapping_byte_sub(self.stride)).receives_after }
     }
 
     unsafe fn packets_of(&self, slot: *const SendSlot) -> u32 {

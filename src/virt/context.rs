@@ -15,7 +15,8 @@ use super::address_handle::AddressHandle;
 use super::channel::EventPipe;
 use super::completion_queue::CompletionQueue;
 use super::memory_region::MemoryRegion;
-use super::ports::{self, DeadEnd, PortMap};
+use super::own_pair::OwnPair;
+use super::ports::{self, PortMap};
 use super::process::{Registered, lock, process};
 use super::protection_domain::ProtectionDomain;
 use super::queue_pair::QueuePair;
@@ -45,7 +46,9 @@ pub struct Context {
     /// Ports as first seen beside as they are now; empty before the first restart.
     pub(crate) ports: Mutex<Vec<PortMap>>,
     /// Where queue pairs whose peer is gone are parked.
-    pub(crate) dead_end: Mutex<Option<DeadEnd>>,
+    pub(crate) dead_end: Mutex<Option<OwnPair>>,
+    /// Whether the device below tells how far a responder came; `None` before that was tried (`super::responder`).
+    pub(crate) responder_psn_is_live: Mutex<Option<bool>>,
     /// The device below was opened after a restart, and is of the kind whose doorbell may be refused (`queue_pair::doorbell`).
     pub(crate) rings_by_write: AtomicBool,
     /// Leads the queries that libibverbs answers past the provider to a folder of ours.
@@ -137,6 +140,7 @@ pub unsafe fn open(
             first_seen: Mutex::default(),
             ports: Mutex::default(),
             dead_end: Mutex::default(),
+            responder_psn_is_live: Mutex::default(),
             rings_by_write: AtomicBool::new(false),
             lead_queries,
         }));
@@ -210,6 +214,7 @@ pub fn close(app: *mut ibv_context) -> Verb<()> {
     // SAFETY: the application has no object of this context any more, or may not use it; nobody finds it in the registry.
     // libibverbs closes the command file's number after us; nothing of the hardware may be seen there until then.
     unsafe {
+        lock(&context.dead_end).take();
         (context.verbs.ibv_close_device)(context.hardware());
         if let Err(error) = put_aside((*context.app()).cmd_fd) {
             tracing::warn!(%error, "a closed device stays open until libibverbs closes its file");

@@ -16,11 +16,13 @@ pub(crate) mod gate;
 mod local_key;
 mod lock;
 pub mod memory_region;
+mod own_pair;
 pub mod ports;
 pub mod process;
 pub mod protection_domain;
 pub mod queue_pair;
 mod receive_queue;
+mod responder;
 pub mod shared_receive_queue;
 
 pub use app::{AppCq, AppMr, AppQp, AppSrq};

@@ -5,11 +5,10 @@ use std::sync::{Arc, OnceLock};
 
 use kmod_compat::ports::{DeviceFacts, Gid, GidEntry, GidType, PortFacts, read_device};
 use kmod_compat::sysfs::Sysfs;
-use rdma_core_sys::{
-    IBV_GID_TYPE_ROCE_V2, IBV_QPT_RC, ibv_ah_attr, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr,
-};
+use rdma_core_sys::{IBV_GID_TYPE_ROCE_V2, ibv_ah_attr};
 
 use super::context::Context;
+use super::own_pair::{OwnPair, to_itself};
 use super::process::{lock, process};
 use crate::control::message::{PortAddress, PortNumbers};
 use crate::errno::{Errno, Verb};
@@ -24,8 +23,6 @@ pub struct PortMap {
     pub(crate) table_length: i32,
     /// For each index the application may name, the index to name now.
     gid_indexes: Vec<u8>,
-    /// The GIDs by the index to name now.
-    gids_now: Vec<[u8; 16]>,
     /// log2 of the largest path MTU in bytes.
     pub(crate) mtu: u8,
 }
@@ -230,7 +227,6 @@ pub(crate) fn map_port(then: &PortFacts, now: &PortNow) -> PortMap {
         },
         table_length: i32::try_from(then.gids.len()).unwrap_or(i32::MAX),
         gid_indexes,
-        gids_now: now.gids.iter().map(|entry| entry.gid.0).collect(),
         mtu: now.mtu,
     }
 }
@@ -264,17 +260,6 @@ fn same_role(one: &GidEntry, other: &GidEntry) -> bool {
     !one.gid.is_zero() && one.gid_type == other.gid_type && role(one) == role(other)
 }
 
-/// A queue pair in RESET, which answers nobody.
-#[derive(Debug)]
-pub(crate) struct DeadEnd {
-    domain: *mut ibv_pd,
-    completions: *mut ibv_cq,
-    pair: *mut ibv_qp,
-}
-
-// SAFETY: the device's own objects, used under the context's mutex.
-unsafe impl Send for DeadEnd {}
-
 impl Context {
     /// The GID index to use now for one that the application names.
     pub(crate) fn hardware_gid_index(&self, port: u8, index: u8) -> u8 {
@@ -293,86 +278,15 @@ impl Context {
             .map_or(12, |known| known.mtu)
     }
 
-    /// The address and number of a queue pair that answers nobody.
-    pub(crate) fn dead_end(
-        &self,
-        port: u8,
-        vector: &ibv_ah_attr,
-    ) -> Verb<(ibv_ah_attr, HardwareQpn)> {
-        let mut own = *vector;
-        own.grh.sgid_index = self.hardware_gid_index(port, vector.grh.sgid_index);
-        if let Some(known) = lock(&self.ports)
-            .iter()
-            .find(|known| known.numbers.port == port)
-        {
-            let gid = known
-                .gids_now
-                .get(usize::from(own.grh.sgid_index))
-                .copied()
-                .unwrap_or_default();
-            own = super::queue_pair::own_address(&own, gid);
-            own.dlid = known.numbers.lid.1.0;
-        }
+    /// The address and number of a queue pair in RESET, which answers nobody.
+    pub(crate) fn dead_end(&self, vector: &ibv_ah_attr) -> Verb<(ibv_ah_attr, HardwareQpn)> {
+        let address = to_itself(self, vector)?;
         let mut dead_end = lock(&self.dead_end);
         let end = match dead_end.take() {
             Some(end) => end,
-            None => self.make_dead_end()?,
+            None => OwnPair::new(self)?,
         };
-        // SAFETY: the device's own object.
-        let number = HardwareQpn(unsafe { (*end.pair).qp_num });
-        *dead_end = Some(end);
-        Ok((own, number))
-    }
-
-    fn make_dead_end(&self) -> Verb<DeadEnd> {
-        let verbs = self.verbs;
-        // SAFETY: the context is open; zero is valid for the attributes; what was made is unmade if the next step fails.
-        unsafe {
-            let domain = verbs.pointer((verbs.ibv_alloc_pd)(self.hardware()))?;
-            let completions = verbs.pointer((verbs.ibv_create_cq)(
-                self.hardware(),
-                1,
-                std::ptr::null_mut(),
-                std::ptr::null_mut(),
-                0,
-            ));
-            let pair = completions.and_then(|completions| {
-                let mut init: ibv_qp_init_attr = std::mem::zeroed();
-                init.send_cq = completions;
-                init.recv_cq = completions;
-                init.cap.max_send_wr = 1;
-                init.cap.max_recv_wr = 1;
-                init.cap.max_send_sge = 1;
-                init.cap.max_recv_sge = 1;
-                init.qp_type = IBV_QPT_RC;
-                verbs.pointer((verbs.ibv_create_qp)(domain, &raw mut init))
-            });
-            match (completions, pair) {
-                (Ok(completions), Ok(pair)) => Ok(DeadEnd {
-                    domain,
-                    completions,
-                    pair,
-                }),
-                (completions, pair) => {
-                    if let Ok(completions) = completions {
-                        (verbs.ibv_destroy_cq)(completions);
-                    }
-                    (verbs.ibv_dealloc_pd)(domain);
-                    Err(completions.err().or(pair.err()).unwrap_or(Errno::IO))
-                }
-            }
-        }
-    }
-
-    pub(crate) fn release_dead_end(&self) {
-        if let Some(end) = lock(&self.dead_end).take() {
-            // SAFETY: made by `make_dead_end`; queue pairs parked there are gone, and named it by number only.
-            unsafe {
-                (self.verbs.ibv_destroy_qp)(end.pair);
-                (self.verbs.ibv_destroy_cq)(end.completions);
-                (self.verbs.ibv_dealloc_pd)(end.domain);
-            }
-        }
+        Ok((address, dead_end.insert(end).number()))
     }
 
     /// Where the private device tree of this context is written.

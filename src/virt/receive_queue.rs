@@ -34,6 +34,8 @@ struct State {
     hardware: *mut c_void,
     post: PostReceive,
     ring: ReceiveRing,
+    /// Receives that had completed when the connection was made.
+    counted_from: u64,
     /// The request being posted and where to say that it is bad; kept here, not in registers saved on every call.
     request: *mut ibv_recv_wr,
     bad: *mut *mut ibv_recv_wr,
@@ -52,6 +54,7 @@ impl Default for ReceiveQueue {
             hardware: std::ptr::null_mut(),
             post: hold,
             ring: ReceiveRing::default(),
+            counted_from: 0,
             request: std::ptr::null_mut(),
             bad: std::ptr::null_mut(),
             elements: Box::default(),
@@ -185,6 +188,16 @@ impl ReceiveQueue {
     /// The queue's lock can be had: no thread is stuck inside.
     pub(crate) fn check(&self, limit: Instant) -> bool {
         self.lock.lock_before(limit).is_some()
+    }
+
+    /// A connection is about to be made: what completes from here on belongs to it.
+    pub(super) fn start_counting(&self) {
+        self.with(|state| state.counted_from = state.ring.completed());
+    }
+
+    /// Receives that have completed on this connection, modulo 2^32.
+    pub(super) fn completed(&self) -> u32 {
+        self.with(|state| (state.ring.completed() - state.counted_from) as u32)
     }
 
     /// From the first restart on, requests go down as translated copies.

@@ -170,6 +170,8 @@ struct Status {
     /// the hardware behind it.
     devices: BTreeSet<(String, String)>,
     phases: BTreeSet<String>,
+    /// What was found out of the devices with queue pairs: that they tell how far a responder came.
+    live_psns: BTreeSet<Option<bool>>,
 }
 
 fn status(job: &Job<'_>, root: u32, when: &str) -> Result<Status> {
@@ -203,6 +205,8 @@ impl Status {
                         name("device").context("no device")?,
                         name("hardware_device").context("no hardware_device")?,
                     ));
+                    let live = context["responder_psn_is_live"].as_bool();
+                    found.live_psns.insert(live);
                 }
             }
         }
@@ -231,6 +235,11 @@ impl Status {
             self.phases == BTreeSet::from(["running".to_owned()]),
             "phases after the restart: {:?}",
             self.phases
+        );
+        ensure!(
+            self.live_psns == BTreeSet::from([Some(true)]),
+            "Soft-RoCE tells how far a responder came, and status says {:?}",
+            self.live_psns
         );
         ensure!(
             self.devices == BTreeSet::from([(device.to_owned(), hardware_device.to_owned())]),

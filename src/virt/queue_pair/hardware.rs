@@ -8,17 +8,19 @@ use rdma_core_sys::{
     IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
     IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
     IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS,
-    IBV_QPS_SQD, ibv_ah_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
+    IBV_QPS_SQD, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
 };
 
 use super::QueuePair;
 use super::address::translate_address;
 use super::attributes::Attributes;
 use super::doorbell;
-use crate::control::message::QueuePairNumbers;
+use super::send_queue::PostSend;
+use crate::control::message::{Progress, QueuePairNumbers};
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareQpn, Psn};
 use crate::translate::Directory;
+use crate::virt::context::Context;
 use crate::virt::process::lock;
 use crate::virt::receive_queue::PostReceive;
 
@@ -69,18 +71,8 @@ impl QueuePair {
     }
 
     pub(super) fn attach_send_queue(&self) -> Verb<()> {
-        // SAFETY: the hardware is there.
-        let post = unsafe {
-            (*(*self.hardware()).context)
-                .ops
-                .post_send
-                .ok_or(Errno::NOT_SUPPORTED)?
-        };
-        let post = match self.context.rings_by_write.load(Ordering::Relaxed) {
-            true => doorbell::post_send,
-            false => post,
-        };
-        self.send.attach(self.hardware(), post);
+        self.send
+            .attach(self.hardware(), hardware_post_send(self.context)?);
         Ok(())
     }
 
@@ -109,10 +101,25 @@ impl QueuePair {
         self.query_hardware(IBV_QP_STATE).map(|attr| attr.qp_state)
     }
 
-    /// The PSN the hardware's responder expects next.
-    pub(crate) fn expected_psn(&self) -> Verb<Psn> {
-        self.query_hardware(IBV_QP_RQ_PSN)
-            .map(|attr| Psn(0).advance(attr.rq_psn))
+    /// How far the responder came.
+    pub(crate) fn progress(&self) -> Verb<Progress> {
+        let attributes = lock(&self.attributes).all().0;
+        if self.context.responder_psn_is_live(&attributes) {
+            let attr = self.query_hardware(IBV_QP_RQ_PSN)?;
+            return Ok(Progress::Expects(Psn(0).advance(attr.rq_psn)));
+        }
+        Ok(match self.shared.is_null() {
+            true => Progress::Received(self.receive.completed()),
+            false => Progress::Unknown,
+        })
+    }
+
+    /// A connection is being made: where the device cannot tell how far a responder came, messages are counted.
+    pub(super) fn choose_counting(&self, attributes: &Attributes) {
+        if self.is_reliable() {
+            let live = self.context.responder_psn_is_live(&attributes.all().0);
+            self.send.count_receives(!live);
+        }
     }
 
     fn query_hardware(&self, mask: u32) -> Verb<ibv_qp_attr> {
@@ -310,13 +317,15 @@ impl QueuePair {
                 .set_peer_keys(Some(std::sync::Arc::clone(&peer.keys)));
             Connected::AsBefore
         } else {
-            let (vector, number) = self.context.dead_end(known.port_num, &known.ah_attr)?;
+            let (vector, number) = self.context.dead_end(&known.ah_attr)?;
             ready.ah_attr = vector;
             ready.dest_qp_num = number.0;
             ready.path_mtu = u32::from(own.min(mtu).clamp(8, 12) - 7);
             self.send.set_peer_keys(None);
             Connected::Parked
         };
+        self.choose_counting(attributes);
+        self.receive.start_counting();
         let reliable = IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
         let mask = IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
         self.modify_hardware(
@@ -372,9 +381,16 @@ pub(crate) enum Connected {
     Parked,
 }
 
-/// The address vector of a port to itself.
-pub(crate) fn own_address(vector: &ibv_ah_attr, gid: [u8; 16]) -> ibv_ah_attr {
-    let mut own = *vector;
-    own.grh.dgid.raw = gid;
-    own
+/// How sends are given to the device below.
+pub(crate) fn hardware_post_send(context: &Context) -> Verb<PostSend> {
+    if context.rings_by_write.load(Ordering::Relaxed) {
+        return Ok(doorbell::post_send);
+    }
+    // SAFETY: the gate is held or closed, so the hardware is there.
+    unsafe {
+        (*context.hardware())
+            .ops
+            .post_send
+            .ok_or(Errno::NOT_SUPPORTED)
+    }
 }

@@ -4,6 +4,7 @@ mod address;
 mod attributes;
 mod datagram;
 mod doorbell;
+mod executed;
 mod hardware;
 mod post;
 mod post_general;
@@ -25,7 +26,7 @@ use rdma_core_sys::{
 };
 
 use self::attributes::Attributes;
-pub(crate) use self::hardware::{Connected, own_address};
+pub(crate) use self::hardware::{Connected, hardware_post_send};
 use self::send_queue::SendQueue;
 use super::AppQp;
 use super::channel::wait_until_acknowledged;
@@ -264,6 +265,9 @@ pub unsafe fn modify(app: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: i32) -> Ver
         if mask as u32 & IBV_QP_STATE != 0 && wanted.qp_state == IBV_QPS_INIT {
             pair.allocate_logs()?;
         }
+        if mask as u32 & IBV_QP_STATE != 0 && wanted.qp_state == IBV_QPS_RTR {
+            pair.receive.start_counting();
+        }
         let mut translated = pair.translate_attributes(wanted, mask as u32)?;
         Errno::check((pair.context.verbs.ibv_modify_qp)(
             pair.hardware(),
@@ -364,7 +368,10 @@ impl QueuePair {
                 self.send
                     .start(attributes.first_psn(), attributes.mtu_bytes());
             }
-            IBV_QPS_RTR => self.learn_peer(&attributes),
+            IBV_QPS_RTR => {
+                self.learn_peer(&attributes);
+                self.choose_counting(&attributes);
+            }
             _ => {}
         }
     }

@@ -8,7 +8,7 @@ use rdma_core_sys::{
     ibv_sge,
 };
 
-use super::send_queue::{DATAGRAM, HOLD, State, TRANSLATE, WANTED};
+use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE, WANTED};
 use crate::errno::{Errno, Verb};
 use crate::handle::VirtualKey;
 use crate::log::SendSlot;
@@ -46,7 +46,7 @@ impl State {
         bad: *mut *mut ibv_send_wr,
     ) -> c_int {
         // A whole chain goes down in one call where its entries can go down as they are.
-        let together = general & !WANTED == 0;
+        let together = general & !(WANTED | COUNTED) == 0;
         let psn_before = self.ring.raw_psn();
         let mut head: *mut SendSlot = std::ptr::null_mut();
         let mut tail: *mut SendSlot = std::ptr::null_mut();
@@ -97,7 +97,13 @@ impl State {
             self.ring.make_room()?;
         }
         // SAFETY: as the caller vouches; there is room.
-        unsafe { self.ring.log(request) }
+        unsafe {
+            let slot = self.ring.log(request)?;
+            if general & COUNTED != 0 {
+                self.ring.count_receives(slot);
+            }
+            Ok(slot)
+        }
     }
 
     /// Posts linked entries; says which of the application's requests was refused.

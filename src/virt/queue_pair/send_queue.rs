@@ -24,11 +24,15 @@ pub(super) const TRANSLATE: u32 = 2;
 pub(super) const DATAGRAM: u32 = 4;
 /// The agent wants the lock. A thread that posts all the time would hardly ever leave it free.
 pub(super) const WANTED: u32 = 8;
+/// The device below cannot tell how far a responder came, so entries note how many receives of the peer they use up.
+pub(super) const COUNTED: u32 = 16;
 
 /// Equals no key: keys have 32 bits.
 const NO_KEY: (u64, u32) = (u64::MAX, 0);
 
-type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
+/// `ibv_post_send` of the hardware.
+pub(crate) type PostSend =
+    unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
 
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -52,6 +56,8 @@ pub(super) struct State {
     pub(super) held_from: *mut SendSlot,
     /// The PSN that the first held request will start with.
     pub(super) held_psn: u32,
+    /// Where the count of the peer's receives stood when the connection was made.
+    pub(super) counted_from: u32,
     pub(super) capacity: u32,
     /// Room for the elements of one translated request.
     pub(super) elements: Box<[ibv_sge]>,
@@ -84,6 +90,7 @@ impl SendQueue {
             ring: SendRing::default(),
             held_from: std::ptr::null_mut(),
             held_psn: 0,
+            counted_from: 0,
             capacity: 0,
             elements: Box::default(),
             // SAFETY: zero is a valid request.
@@ -140,7 +147,21 @@ impl SendQueue {
         self.with(|state| {
             state.ring.start(psn, mtu);
             state.held_psn = state.ring.raw_psn();
+            // SAFETY: what is held is an entry of the ring.
+            state.counted_from = unsafe { state.ring.receives_before(state.held_from) };
         });
+    }
+
+    /// Whether entries note how many receives of the peer they use up.
+    pub(super) fn count_receives(&self, count: bool) {
+        self.with(|_| match count {
+            true => self.general.fetch_or(COUNTED, Ordering::Relaxed),
+            false => self.general.fetch_and(!COUNTED, Ordering::Relaxed),
+        });
+    }
+
+    pub(super) fn counts_receives(&self) -> bool {
+        self.general.load(Ordering::Relaxed) & COUNTED != 0
     }
 
     pub(super) fn set_peer_keys(&self, keys: Option<Arc<KeyTable>>) {
@@ -186,6 +207,9 @@ impl SendQueue {
                 // SAFETY: an entry of the ring that the hardware does not have.
                 unsafe {
                     state.ring.renumber(slot);
+                    if general & COUNTED != 0 {
+                        state.ring.count_receives(slot);
+                    }
                     state.post_slot(general, context, slot)
                 }
             })

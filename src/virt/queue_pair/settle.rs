@@ -1,15 +1,18 @@
 //! What became of the sends that did not complete. docs/checkpoint.md, "Settling", has the argument.
 
 use std::collections::HashSet;
+use std::ptr;
 
 use rdma_core_sys::{
     IBV_SEND_SIGNALED, IBV_WC_COMP_SWAP, IBV_WC_FETCH_ADD, IBV_WC_RDMA_READ, IBV_WC_RDMA_WRITE,
     IBV_WC_SEND, IBV_WC_SUCCESS, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
-    IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, ibv_wc, ibv_wr_opcode,
+    IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, ibv_wc,
 };
 
 use super::QueuePair;
+use super::executed::{Outstanding, executed};
 use super::send_queue::State;
+use crate::control::message::Progress;
 use crate::handle::Psn;
 use crate::log::SendSlot;
 
@@ -37,52 +40,41 @@ impl QueuePair {
 
     /// Decides each outstanding request, after the hardware has been stopped and emptied.
     ///
-    /// `flushed` are the entries (by the `wr_id` they went down with) that came back as flushed; `expected` is the next PSN
-    /// the peer's responder waits for.
-    pub(crate) fn settle(&self, flushed: &HashSet<u64>, expected: Option<Psn>) -> Fate {
+    /// `flushed` are the entries (by the `wr_id` they went down with) that came back as flushed; `responder` is what the
+    /// peer says of how far it came.
+    pub(crate) fn settle(&self, flushed: &HashSet<u64>, responder: Option<Progress>) -> Fate {
+        let counted = self.send.counts_receives();
         self.send.with(|state| {
             let held = state.held_from();
-            let slots: Vec<_> = state.ring.outstanding().take_while(|slot| *slot != held).collect();
+            let slots: Vec<_> = state
+                .ring
+                .outstanding()
+                .take_while(|slot| *slot != held)
+                .collect();
             // SAFETY: entries of the ring, under its lock.
             let slots: Vec<&SendSlot> = slots.into_iter().map(|slot| unsafe { &*slot }).collect();
-            let Some(last) = slots.last() else { return Fate::Known { again: 0 } };
-            let first_flushed =
-                slots.iter().position(|slot| flushed.contains(&slot.head.wr_id())).unwrap_or(slots.len());
-            let executed = match expected {
-                Some(expected) if self.is_reliable() => {
-                    // All of the outstanding lies within half of the PSN space (IBTA 9.7.2), so the distance tells.
-                    let behind = Psn(0).advance(last.psn_after).since(expected);
-                    let executed = slots
-                        .iter()
-                        .take_while(|slot| Psn(0).advance(last.psn_after).since(Psn(0).advance(slot.psn_after)) >= behind)
-                        .count();
-                    if behind > 1 << 23 || executed < first_flushed {
-                        let why = format!(
-                            "the peer expects PSN {:#x}, which does not fit the {} requests outstanding",
-                            expected.0,
-                            slots.len()
-                        );
-                        return state.flush_again(slots[0], why);
-                    }
-                    executed
-                }
-                None if self.is_reliable() && first_flushed < slots.len() => {
-                    let why = "the peer did not say how far it came".into();
-                    return state.flush_again(slots[first_flushed], why);
-                }
+            let first_flushed = slots
+                .iter()
+                .position(|slot| flushed.contains(&slot.head.wr_id()))
+                .unwrap_or(slots.len());
+            let fate = if self.is_reliable() {
+                let requests: Vec<_> = slots
+                    .iter()
+                    .map(|slot| state.describe(slot, counted))
+                    .collect();
+                executed(&requests, first_flushed, responder)
+                    .and_then(|executed| first_to_repeat(&requests, first_flushed, executed))
+            } else {
                 // Unreliable transports are done with a request when it has left; what was flushed has not.
-                _ => first_flushed,
+                Ok(first_flushed)
             };
-            let needs_response = |slot: &&&SendSlot| response_carries_data(slot.wr.opcode);
-            let lost = slots[first_flushed.min(executed)..executed].iter().position(|slot| needs_response(&slot));
-            let again_from = match lost.map(|index| first_flushed + index) {
-                None => executed,
-                // A READ that nothing follows may be asked again: the peer's memory has not moved.
-                Some(index) if index + 1 == executed && slots[index].wr.opcode == IBV_WR_RDMA_READ => index,
-                Some(index) => {
-                    let why =
-                        format!("the response to an executed request (opcode {}) was lost", slots[index].wr.opcode);
-                    return state.flush_again(slots[first_flushed], why);
+            let again_from = match fate {
+                Ok(again_from) => again_from,
+                Err(why) => {
+                    // They go down again on a queue pair in the error state, so that the application gets them flushed.
+                    let first = slots.get(first_flushed).or(slots.first());
+                    state.hold_from(first.map_or(held, |first| ptr::from_ref(*first).cast_mut()));
+                    return Fate::Unknown { why };
                 }
             };
             for slot in &slots[..again_from] {
@@ -94,9 +86,11 @@ impl QueuePair {
                 state.ring.retire(slots[done]);
             }
             if let Some(first) = slots.get(again_from) {
-                state.hold_from(std::ptr::from_ref(*first).cast_mut());
+                state.hold_from(ptr::from_ref(*first).cast_mut());
             }
-            Fate::Known { again: (slots.len() - again_from) as u64 }
+            Fate::Known {
+                again: (slots.len() - again_from) as u64,
+            }
         })
     }
 
@@ -121,19 +115,37 @@ impl QueuePair {
 }
 
 impl State {
-    /// What became of `first` and those behind it cannot be told. They go down again on a queue pair in the error state, so
-    /// that the application gets them flushed.
-    fn flush_again(&mut self, first: &SendSlot, why: String) -> Fate {
-        self.hold_from(std::ptr::from_ref(first).cast_mut());
-        Fate::Unknown { why }
+    fn describe(&self, slot: &SendSlot, counted: bool) -> Outstanding {
+        Outstanding {
+            opcode: slot.wr.opcode,
+            psn_after: Psn(0).advance(slot.psn_after),
+            receives_after: counted.then(|| slot.receives_after.wrapping_sub(self.counted_from)),
+        }
     }
 }
 
-fn response_carries_data(opcode: ibv_wr_opcode) -> bool {
-    [
-        IBV_WR_RDMA_READ,
-        IBV_WR_ATOMIC_CMP_AND_SWP,
-        IBV_WR_ATOMIC_FETCH_AND_ADD,
-    ]
-    .contains(&opcode)
+/// The first request to go down again: behind those that were executed, but for READs at their end whose data were lost. They may
+/// be asked again, as nothing was executed after them that could have changed what they read.
+fn first_to_repeat(
+    requests: &[Outstanding],
+    first_flushed: usize,
+    executed: usize,
+) -> Result<usize, String> {
+    let unacknowledged = &requests[first_flushed.min(executed)..executed];
+    let Some(lost) = unacknowledged
+        .iter()
+        .position(|request| request.is_answered())
+    else {
+        return Ok(executed);
+    };
+    match unacknowledged[lost..]
+        .iter()
+        .all(|request| request.is_read())
+    {
+        true => Ok(first_flushed + lost),
+        false => Err(format!(
+            "the answer to an executed request (opcode {}) was lost",
+            unacknowledged[lost].opcode
+        )),
+    }
 }

@@ -7,8 +7,8 @@ use rdma_core_sys::{
     IBV_QPS_ERR, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_SEND_INLINE, IBV_SEND_SIGNALED,
     IBV_WC_FETCH_ADD, IBV_WC_RDMA_READ, IBV_WC_RDMA_WRITE, IBV_WC_RECV, IBV_WC_RECV_RDMA_WITH_IMM,
     IBV_WC_SEND, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, IBV_WR_ATOMIC_FETCH_AND_ADD,
-    IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, ibv_recv_wr, ibv_send_wr,
-    ibv_sge, ibv_wc,
+    IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, ibv_recv_wr,
+    ibv_send_wr, ibv_sge, ibv_wc,
 };
 
 /// Numbers of queue pairs and keys are below this, so that they come again soon.
@@ -60,6 +60,8 @@ pub(crate) struct Pair {
     pub(crate) next_psn: u32,
     /// The PSN that the responder expects.
     pub(crate) expected: u32,
+    /// The one it was told to expect first.
+    pub(crate) first_expected: u32,
     pub(crate) mtu: u32,
     send_completions: usize,
     receive_completions: usize,
@@ -100,6 +102,8 @@ pub struct Fabric {
     pub(crate) regions: BTreeMap<u32, Region>,
     pub(crate) completions: BTreeMap<usize, VecDeque<ibv_wc>>,
     random: u64,
+    /// Queries show the PSN that a responder was once told to expect, not the one it expects now.
+    pub(crate) stale: bool,
     /// How often each payload (by its first eight bytes) was executed from its first packet to its last.
     pub executions: BTreeMap<u64, u32>,
     /// What must never happen on a healthy connection.
@@ -147,8 +151,10 @@ pub enum Truth {
 
 impl Fabric {
     /// Numbers are handed out in another order from here on, and nothing is known of earlier payloads.
-    pub fn begin(&mut self, seed: u64) {
-        self.random = seed;
+    ///
+    /// `stale`: the device cannot tell how far a responder came.
+    pub fn begin(&mut self, seed: u64, stale: bool) {
+        (self.random, self.stale) = (seed, stale);
         self.executions.clear();
         self.violations.clear();
     }
@@ -224,10 +230,25 @@ impl Fabric {
             response: Vec::new(),
         };
         pair.next_psn = (pair.next_psn + packets) % PSNS;
+        if pair.peer == number {
+            self.turn_around(number, &request);
+            return;
+        }
         pair.sends.push_back(request);
         if pair.state == IBV_QPS_ERR {
             self.flush(number);
         }
+    }
+
+    /// A SEND to the queue pair itself is there at once.
+    fn turn_around(&mut self, number: u32, request: &Request) {
+        let pair = self.pair(number);
+        let (send_to, receive_to) = (pair.send_completions, pair.receive_completions);
+        pair.expected = (pair.expected + request.packets) % PSNS;
+        let (receive, _) = pair.receives.pop_front().expect("a receive is posted");
+        let done = |wr_id, opcode| completion(wr_id, IBV_WC_SUCCESS, opcode, number);
+        self.complete(send_to, done(request.wr_id, IBV_WC_SEND));
+        self.complete(receive_to, done(receive, IBV_WC_RECV));
     }
 
     /// # Safety
@@ -309,7 +330,7 @@ impl Fabric {
             return false;
         }
         let last = request.done + 1 == request.packets;
-        let is_send = request.opcode == rdma_core_sys::IBV_WR_SEND;
+        let is_send = request.opcode == IBV_WR_SEND;
         let takes_receive = is_send || request.opcode == IBV_WR_RDMA_WRITE_WITH_IMM && last;
         // RNR: no receive is posted.
         if takes_receive && peer.receives.is_empty() {
@@ -322,7 +343,7 @@ impl Fabric {
             .unwrap_or(&[]);
         let length = bytes.len() as u64;
         match request.opcode {
-            rdma_core_sys::IBV_WR_SEND => scatter(&peer.receives[0].1, from, part),
+            IBV_WR_SEND => scatter(&peer.receives[0].1, from, part),
             IBV_WR_RDMA_WRITE | IBV_WR_RDMA_WRITE_WITH_IMM => {
                 match check(&self.regions, request.rkey, request.remote, length) {
                     Ok(()) => put(request.remote + from as u64, part),
@@ -405,20 +426,31 @@ impl Fabric {
         let Some(pair) = self.pairs.get(&number) else {
             return Truth::Known;
         };
-        let executed: Vec<_> = pair
-            .strays
+        let requests: Vec<_> = pair.strays.iter().chain(&pair.sends).collect();
+        let takes_receive = |request: &&Request| {
+            [IBV_WR_SEND, IBV_WR_RDMA_WRITE_WITH_IMM].contains(&request.opcode)
+        };
+        let mut executed = requests
             .iter()
-            .chain(&pair.sends)
             .take_while(|request| request.is_executed())
-            .collect();
-        let lost = executed.iter().enumerate().any(|(index, request)| {
-            let last = index + 1 == executed.len();
-            match request.opcode {
-                IBV_WR_ATOMIC_FETCH_AND_ADD => true,
-                IBV_WR_RDMA_READ => !last,
-                _ => false,
+            .count();
+        if self.stale {
+            // The peer counts receives. What is between the last that it knows of and the next, nobody can tell.
+            executed = requests[..executed]
+                .iter()
+                .rposition(takes_receive)
+                .map_or(0, |last| last + 1);
+            let mut between = requests[executed..]
+                .iter()
+                .take_while(|request| !takes_receive(request));
+            if between.any(|request| request.opcode != IBV_WR_RDMA_READ) {
+                return Truth::Lost;
             }
-        });
+        }
+        let lost = requests[..executed]
+            .iter()
+            .skip_while(|request| !request.has_response())
+            .any(|request| request.opcode != IBV_WR_RDMA_READ);
         if lost { Truth::Lost } else { Truth::Known }
     }
 }

@@ -170,7 +170,10 @@ extern "C" fn query_qp(
             return libc::EINVAL;
         };
         (*attr).qp_state = pair.state;
-        (*attr).rq_psn = pair.expected;
+        (*attr).rq_psn = match fabric.stale {
+            true => pair.first_expected,
+            false => pair.expected,
+        };
         (*attr).sq_psn = pair.next_psn;
     }
     0
@@ -188,7 +191,7 @@ extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) ->
         pair.peer = attr.dest_qp_num;
     }
     if mask & IBV_QP_RQ_PSN != 0 {
-        pair.expected = attr.rq_psn;
+        (pair.expected, pair.first_expected) = (attr.rq_psn, attr.rq_psn);
     }
     if mask & IBV_QP_SQ_PSN != 0 {
         pair.next_psn = attr.sq_psn;

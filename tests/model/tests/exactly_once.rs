@@ -3,8 +3,8 @@
 //! the queue pair ends in the error state.
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use proptest::prelude::*;
 use reverbs::control::socket;
@@ -122,10 +122,13 @@ fn runtime_dir() -> PathBuf {
     socket::runtime_dir().expect("the folder of the machine")
 }
 
-fn play(seed: u64, rounds: &[Round]) {
+fn play(seed: u64, stale: bool, rounds: &[Round]) {
     static PROGRAMS: AtomicU64 = AtomicU64::new(1);
+    /// There is one fabric, and one virtual device, in a process.
+    static PLAYING: Mutex<()> = Mutex::new(());
+    let _alone = PLAYING.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = runtime_dir();
-    fabric().begin(seed);
+    fabric().begin(seed, stale);
     let mut program = Program::new(PROGRAMS.fetch_add(1, Ordering::Relaxed) << 40);
     let mut hardware = [program.number(0), program.number(1)];
     for round in rounds {
@@ -177,6 +180,12 @@ proptest! {
 
     #[test]
     fn every_request_once(seed: u64, rounds in prop::collection::vec(round(), 0..5)) {
-        play(seed, &rounds);
+        play(seed, false, &rounds);
+    }
+
+    /// On a device that does not tell how far a responder came, where messages are counted.
+    #[test]
+    fn every_request_once_by_count(seed: u64, rounds in prop::collection::vec(round(), 0..5)) {
+        play(seed, true, &rounds);
     }
 }
