@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::checkpoint::{self, Let, Stopped};
+use crate::checkpoint::{self, Let, Outside, Stopped};
 use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, ResponderState, Session};
 use crate::virt::process::process;
 
@@ -11,6 +11,7 @@ use crate::virt::process::process;
 pub(super) struct State {
     phase: Phase,
     session: Option<Session>,
+    outside: Outside,
     stopped: Stopped,
     /// As this process said them last.
     responders: Vec<ResponderState>,
@@ -23,6 +24,7 @@ impl Default for State {
         Self {
             phase: Phase::Running,
             session: None,
+            outside: Outside::default(),
             stopped: Stopped::default(),
             responders: Vec::new(),
             left: Let::default(),
@@ -70,6 +72,17 @@ impl State {
                 checkpoint::close(Duration::from_millis(limit_ms))?;
                 self.enter(Phase::Closed)
             }
+            Request::Peers => {
+                self.require(&[Phase::Closed])?;
+                Ok(Reply::Peers {
+                    contexts: checkpoint::peers()?,
+                })
+            }
+            Request::GiveUp { queue_pairs } => {
+                self.require(&[Phase::Closed])?;
+                self.outside = Outside::of(&queue_pairs)?;
+                self.enter(Phase::Closed)
+            }
             Request::Drain { limit_ms } => {
                 self.require(&[Phase::Closed])?;
                 let forward = || super::events::forward(Phase::Closed);
@@ -98,6 +111,8 @@ impl State {
             Request::Settle { responders } => {
                 self.require(&[Phase::Stopped])?;
                 let notes = checkpoint::settle(&self.stopped, &responders)?;
+                self.note(notes);
+                let notes = self.outside.give_up()?;
                 self.note(notes);
                 self.enter(Phase::Settled)
             }
@@ -167,6 +182,7 @@ impl State {
             self.note(vec![what]);
         }
         self.session = None;
+        self.outside = Outside::default();
         self.stopped = Stopped::default();
         self.responders = Vec::new();
         self.enter(Phase::Running)

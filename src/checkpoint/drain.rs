@@ -99,7 +99,7 @@ pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
     Ok(states)
 }
 
-fn fail(what: &str, pair: &QueuePair, error: Errno) -> String {
+pub(super) fn fail(what: &str, pair: &QueuePair, error: Errno) -> String {
     format!("cannot {what} queue pair {:#x}: {error}", pair.number().0)
 }
 

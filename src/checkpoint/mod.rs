@@ -6,6 +6,7 @@
 mod close;
 mod drain;
 mod examine;
+mod peers;
 mod rebuild;
 mod release;
 mod status;
@@ -13,6 +14,7 @@ mod status;
 pub(crate) use close::{close, reopen, resume};
 pub(crate) use drain::{Stopped, drain, responders, settle, stop};
 pub(crate) use examine::examine;
+pub(crate) use peers::{Outside, peers};
 pub(crate) use rebuild::{connect, numbers, rebuild};
 pub(crate) use release::{Let, release};
 pub(crate) use status::status;

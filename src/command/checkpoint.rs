@@ -39,6 +39,7 @@ pub(crate) fn checkpoint(options: &CheckpointOptions, quiet: bool) -> Result<Exi
     let mut checkpoint = Checkpoint {
         root,
         stop: options.stop,
+        allow_outside: options.outside.allowed,
         largest_deleted: options.largest_deleted,
         criu_version: tools.criu.version.clone(),
         image: NewImage::create(&image_parent(options, root), root)?,
@@ -75,6 +76,7 @@ struct Tools {
 struct Checkpoint {
     root: i32,
     stop: bool,
+    allow_outside: bool,
     largest_deleted: u64,
     criu_version: String,
     image: NewImage,
@@ -101,6 +103,7 @@ impl Checkpoint {
             new_session()?,
             Vec::new(),
         );
+        driver.allow_outside(self.allow_outside);
         driver.attach()?;
         let statuses = driver.statuses()?;
         let members: Vec<i32> = statuses.iter().map(|status| status.pid).collect();

@@ -81,6 +81,9 @@ pub(crate) struct CheckpointOptions {
     #[arg(long)]
     pub(crate) stop: bool,
 
+    #[command(flatten)]
+    pub(crate) outside: Outside,
+
     /// Deleted files that the job still holds go into the image; refuse those with more bytes than this.
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
     pub(crate) largest_deleted: u64,
@@ -152,6 +155,9 @@ pub(crate) struct CycleOptions {
     pub(crate) every: u64,
 
     #[command(flatten)]
+    pub(crate) outside: Outside,
+
+    #[command(flatten)]
     pub(crate) devices: Devices,
 }
 
@@ -179,6 +185,14 @@ pub(crate) struct StatusOptions {
     /// One JSON document on standard output: a list of processes.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Outside {
+    /// Go on although queue pairs of the job are connected to processes that are not part of it. These queue pairs end in the
+    /// error state.
+    #[arg(long = "allow-outside")]
+    pub(crate) allowed: bool,
 }
 
 #[derive(Debug, Args)]

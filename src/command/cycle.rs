@@ -71,6 +71,7 @@ fn once(
         new_session()?,
         options.devices.choices.clone(),
     );
+    driver.allow_outside(options.outside.allowed);
     if driver.attach()? == 0 {
         bail!("no process of the job runs under reverbs: start it with `reverbs run`");
     }

@@ -44,6 +44,10 @@ pub enum Request {
     Examine,
     /// Running to Closed. Waits at most `limit_ms` for threads that are inside a verb.
     Close { limit_ms: u64 },
+    /// Whom the connected queue pairs lead to: [`Reply::Peers`]. Only in Closed.
+    Peers,
+    /// These queue pairs lead out of the job and shall come back in the error state. Only in Closed.
+    GiveUp { queue_pairs: Vec<HardwareQueuePair> },
     /// Polls completions for up to `limit_ms` and says what is outstanding. Only in Closed. Asked again while there is progress.
     Drain { limit_ms: u64 },
     /// Closed to Stopped: moves queue pairs with outstanding sends to the error state and collects what is flushed.
@@ -75,6 +79,8 @@ impl Request {
             Self::Begin { .. } => "begin",
             Self::Examine => "examine",
             Self::Close { .. } => "close",
+            Self::Peers => "peers",
+            Self::GiveUp { .. } => "give_up",
             Self::Drain { .. } => "drain",
             Self::Stop { .. } => "stop",
             Self::Responders => "responders",
@@ -105,6 +111,9 @@ pub enum Reply {
     },
     Obstacles {
         obstacles: Vec<Obstacle>,
+    },
+    Peers {
+        contexts: Vec<ContextPeers>,
     },
     Drained {
         drained: DrainReport,
@@ -168,6 +177,54 @@ pub enum Progress {
     Received(u32),
     /// Neither: the receives are those of a shared queue.
     Unknown,
+}
+
+/// The queue pairs of a device of one process, and whom they are connected to, all in the hardware's terms.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContextPeers {
+    pub hardware_device: String,
+    pub ports: Vec<HardwarePort>,
+    pub queue_pairs: Vec<QueuePairPeer>,
+}
+
+/// A port as it is addressed now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HardwarePort {
+    pub port: u8,
+    pub gids: Vec<HardwareGid>,
+    pub lid: HardwareLid,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuePairPeer {
+    pub qpn: VirtualQpn,
+    pub hardware_qpn: HardwareQpn,
+    pub port: u8,
+    /// `None` for one that is not connected, or of a transport without connections.
+    pub peer: Option<HardwarePeer>,
+}
+
+/// Where a connected queue pair sends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct HardwarePeer {
+    pub address: HardwareAddress,
+    pub qpn: HardwareQpn,
+}
+
+/// By GID where the address vector is global, else by LID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HardwareAddress {
+    Gid(HardwareGid),
+    Lid(HardwareLid),
+}
+
+/// A queue pair of a process, by what it is on its device now.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct HardwareQueuePair {
+    pub pid: i32,
+    pub hardware_device: String,
+    pub hardware_qpn: HardwareQpn,
 }
 
 /// How peers address a port: by GID on RoCE and routed fabrics, by LID within an InfiniBand subnet.

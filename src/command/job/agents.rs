@@ -8,9 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use reverbs::control::message::{PROTOCOL_VERSION, Phase, ProcessNumbers, Reply, Request, Session};
+use reverbs::control::message::{
+    HardwarePeer, PROTOCOL_VERSION, Phase, ProcessNumbers, Reply, Request, Session,
+};
 use reverbs::control::{job_numbers, socket};
 
+use super::host;
+use super::outside::Whose;
 use super::tree::{self, ProcessTree};
 
 /// What an agent says of itself.
@@ -57,6 +61,12 @@ pub(crate) trait Agents {
     /// # Errors
     /// They cannot be left.
     fn publish(&mut self, numbers: &[ProcessNumbers]) -> Result<()>;
+
+    /// Who has a queue pair that is none of the job's. `device` is one of the job that has its address, if one has.
+    ///
+    /// # Errors
+    /// The host cannot be asked.
+    fn whose(&self, peer: &HardwarePeer, device: Option<&str>) -> Result<Whose>;
 }
 
 /// The agents in the processes of a tree, over their sockets.
@@ -231,6 +241,10 @@ impl Agents for SocketAgents {
         job_numbers::publish(&self.runtime_dir, self.root, numbers)
             .with_context(|| format!("cannot write into {}", self.runtime_dir.display()))
     }
+
+    fn whose(&self, peer: &HardwarePeer, device: Option<&str>) -> Result<Whose> {
+        host::whose(peer, device, &ProcessTree::of(self.root)?.pids())
+    }
 }
 
 /// Every agent of this user, in any job.
@@ -312,6 +326,8 @@ fn patience(request: &Request) -> Duration {
             Duration::from_millis(*limit_ms) + MARGIN
         }
         Request::Examine
+        | Request::Peers
+        | Request::GiveUp { .. }
         | Request::Responders
         | Request::Settle { .. }
         | Request::Publish

@@ -15,6 +15,7 @@ use reverbs::control::message::{
 };
 
 use super::agents::{AgentFailure, Agents};
+use super::outside;
 use crate::command::interrupt::Interrupt;
 use crate::command::progress::{Progress, count};
 
@@ -41,6 +42,8 @@ pub(crate) struct Driver<'a, A> {
     takeover: bool,
     /// An agent that refuses is left where it is, and the others go on.
     tolerant: bool,
+    /// Queue pairs that lead out of the job may end in error.
+    allow_outside: bool,
     /// Nobody joins any more.
     circle_closed: bool,
     phases: BTreeMap<i32, Phase>,
@@ -69,6 +72,7 @@ impl<'a, A: Agents> Driver<'a, A> {
             devices,
             takeover: false,
             tolerant: false,
+            allow_outside: false,
             circle_closed: false,
             phases: BTreeMap::new(),
             claimed: BTreeSet::new(),
@@ -76,6 +80,11 @@ impl<'a, A: Agents> Driver<'a, A> {
             ended: BTreeSet::new(),
             stuck: BTreeMap::new(),
         }
+    }
+
+    /// Queue pairs that lead out of the job end in the error state, instead of being refused.
+    pub(crate) fn allow_outside(&mut self, allow: bool) {
+        self.allow_outside = allow;
     }
 
     /// Finds the agents and makes sure that nobody else is driving them. Returns how many there are.
@@ -144,6 +153,7 @@ impl<'a, A: Agents> Driver<'a, A> {
                 Some(Phase::Running) => self.close()?,
                 Some(Phase::Closed) => {
                     if self.newcomers(&mut catch_ups)? == 0 {
+                        self.look_outside()?;
                         self.drain()?;
                         self.stop()?;
                     }
@@ -353,6 +363,37 @@ impl<'a, A: Agents> Driver<'a, A> {
         let limit_ms = milliseconds(CLOSE_LIMIT);
         self.put(&targets, &Request::Close { limit_ms })?;
         self.say("close", began, targets.len());
+        Ok(())
+    }
+
+    /// Nothing leads out of the job, or may end in error.
+    fn look_outside(&mut self) -> Result<()> {
+        let targets = self.in_phases(&[Phase::Closed]);
+        // Whoever catches up with others has peers among them that have no hardware any more.
+        if self.tolerant || targets.len() != self.phases.len() {
+            return Ok(());
+        }
+        let peers: Vec<_> = self
+            .put(&targets, &Request::Peers)?
+            .into_iter()
+            .filter_map(|(pid, reply)| match reply {
+                Reply::Peers { contexts } => Some((pid, contexts)),
+                _ => None,
+            })
+            .collect();
+        let strays = outside::strays(&peers, |peer, device| self.agents.whose(peer, device))?;
+        if strays.is_empty() {
+            return Ok(());
+        }
+        if !self.allow_outside {
+            bail!("cannot be checkpointed: {}", outside::refusal(&strays));
+        }
+        for stray in &strays {
+            self.progress
+                .note(&format!("{stray}: it will end in the error state"));
+        }
+        let queue_pairs = strays.into_iter().map(|stray| stray.pair).collect();
+        self.put(&targets, &Request::GiveUp { queue_pairs })?;
         Ok(())
     }
 

@@ -17,10 +17,11 @@ const PHASES: [Phase; 7] = [
     Phase::Connected,
 ];
 
-const STEPS: [&str; 13] = [
+const STEPS: [&str; 14] = [
     "begin",
     "examine",
     "close",
+    "peers",
     "drain",
     "stop",
     "responders",
@@ -78,6 +79,7 @@ fn a_cycle_takes_everybody_through_every_phase_once() {
             "begin",
             "examine",
             "close",
+            "peers",
             "drain",
             "stop",
             "responders",
@@ -118,7 +120,7 @@ fn a_failure_in_any_step_fails_the_cycle_and_leaves_everybody_running() {
             });
             assert_all_running(&job, &case);
             assert_eq!(job.broken_rules, [""; 0], "{case}");
-            if ["begin", "examine", "close", "drain"].contains(&step) {
+            if ["begin", "examine", "close", "peers", "drain"].contains(&step) {
                 assert!(
                     job.agents.values().all(|agent| agent.rebuilds == 0),
                     "{case}"

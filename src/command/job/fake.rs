@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 
 use reverbs::control::message::{
-    DrainReport, Phase, ProcessNumbers, Reply, Request, ResponderState, Session,
+    DrainReport, HardwarePeer, Phase, ProcessNumbers, Reply, Request, ResponderState, Session,
 };
 
 use super::agents::{AgentFailure, Agents, Hello, Unreachable};
+use super::outside::Whose;
 
 /// What happens to an agent when it is asked a certain thing for the first time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +141,9 @@ impl FakeAgent {
             Request::Examine if self.phase <= Phase::Closed => {
                 return Reply::Obstacles { obstacles: vec![] };
             }
+            Request::Peers if self.phase == Phase::Closed => {
+                return Reply::Peers { contexts: vec![] };
+            }
             Request::Drain { .. } if self.phase == Phase::Closed => {
                 let done = self.outstanding.min(self.per_round);
                 self.outstanding -= done;
@@ -248,5 +252,9 @@ impl Agents for FakeJob {
     fn publish(&mut self, numbers: &[ProcessNumbers]) -> anyhow::Result<()> {
         self.published = numbers.iter().map(|process| process.pid).collect();
         Ok(())
+    }
+
+    fn whose(&self, _: &HardwarePeer, _: Option<&str>) -> anyhow::Result<Whose> {
+        Ok(Whose::Nobodys)
     }
 }

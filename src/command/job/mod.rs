@@ -6,7 +6,9 @@ mod driver;
 mod driver_tests;
 #[cfg(test)]
 mod fake;
+mod host;
 mod lock;
+mod outside;
 mod tree;
 
 pub(crate) use agents::{SocketAgents, ask_once, listening};

@@ -8,7 +8,7 @@ use rdma_core_sys::{
     IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
     IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
     IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS,
-    IBV_QPS_SQD, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
+    IBV_QPS_SQD, IBV_QPS_SQE, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
 };
 
 use super::QueuePair;
@@ -16,9 +16,9 @@ use super::address::translate_address;
 use super::attributes::Attributes;
 use super::doorbell;
 use super::send_queue::PostSend;
-use crate::control::message::{Progress, QueuePairNumbers};
+use crate::control::message::{HardwareAddress, HardwarePeer, Progress, QueuePairNumbers};
 use crate::errno::{Errno, Verb};
-use crate::handle::{HardwareQpn, Psn};
+use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, Psn};
 use crate::translate::Directory;
 use crate::virt::context::Context;
 use crate::virt::process::lock;
@@ -120,6 +120,25 @@ impl QueuePair {
             let live = self.context.responder_psn_is_live(&attributes.all().0);
             self.send.count_receives(!live);
         }
+    }
+
+    /// Where the hardware sends to; `None` if it is not connected, or has no connections.
+    pub(crate) fn hardware_peer(&self) -> Verb<Option<HardwarePeer>> {
+        if self.is_datagram() {
+            return Ok(None);
+        }
+        let attr = self.query_hardware(IBV_QP_STATE | IBV_QP_AV | IBV_QP_DEST_QPN)?;
+        if ![IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, IBV_QPS_SQE].contains(&attr.qp_state) {
+            return Ok(None);
+        }
+        let vector = &attr.ah_attr;
+        let address = match vector.is_global {
+            0 => HardwareAddress::Lid(HardwareLid(vector.dlid)),
+            // SAFETY: both views of a GID are plain bytes.
+            _ => HardwareAddress::Gid(HardwareGid(unsafe { vector.grh.dgid.raw })),
+        };
+        let qpn = HardwareQpn(attr.dest_qp_num);
+        Ok(Some(HardwarePeer { address, qpn }))
     }
 
     fn query_hardware(&self, mask: u32) -> Verb<ibv_qp_attr> {
