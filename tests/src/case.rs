@@ -7,7 +7,8 @@ use anyhow::Result;
 
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
-    checkpoints, costs, cycles, facts, failures, faults, killed, moments, own_programs, stock,
+    checkpoints, costs, cycles, facts, failures, faults, killed, moments, outside, own_programs,
+    stock,
 };
 
 /// In which modes a case makes sense.
@@ -82,6 +83,8 @@ pub enum Action {
     Moment(&'static moments::Moment),
     /// An orchestrator that dies.
     Killed(&'static killed::Killed),
+    /// A job that is connected to a process that is not part of it.
+    Outside,
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
 }
@@ -104,6 +107,7 @@ impl Case {
             Action::Saved(saved) => checkpoints::run(saved, job),
             Action::Moment(moment) => moments::run(moment, job),
             Action::Killed(killed) => killed::run(killed, job),
+            Action::Outside => outside::run(job),
             Action::Failing(failing) => failures::run(failing, job),
         }
     }
@@ -120,5 +124,6 @@ pub fn all() -> Vec<Case> {
     cases.extend(moments::cases());
     cases.extend(killed::cases());
     cases.extend(failures::cases());
+    cases.extend(outside::cases());
     cases
 }

@@ -18,6 +18,7 @@ pub mod jobs;
 pub mod killed;
 pub mod moments;
 pub mod mpi;
+pub mod outside;
 pub mod own_programs;
 pub mod process;
 pub mod programs;

@@ -41,7 +41,7 @@ pub const RUNS: &[Run] = &[
     // Fresh hardware under a running job, a few times; checkpoints that fail or meet another.
     Run {
         name: "cycles",
-        cases: &["^cycle", "^killed", "^fail", "^two"],
+        cases: &["^cycle", "^killed", "^fail", "^two", "=outside"],
         options: &["--cycles", "20"],
         timeout: 1200,
         ..RUN
