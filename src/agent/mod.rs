@@ -3,23 +3,21 @@
 //! It hands on the hardware's events and answers the orchestrator. Started at the first open, it sleeps in `poll` until one
 //! of the two has something; it owns all that happens during a checkpoint.
 
+mod connections;
 mod events;
 mod serve;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::{Mutex, OnceLock};
-use std::time::Duration;
+use std::time::Instant;
 
+use self::connections::Connections;
 use self::serve::State;
-use crate::control::message::{Phase, Reply};
 use crate::control::socket;
 use crate::virt::process::{lock, process};
-
-/// How long a frame that has begun may take to arrive.
-const FRAME_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 struct Handle {
@@ -89,14 +87,13 @@ fn start_thread() -> std::io::Result<Handle> {
     let woken = fds[0];
     with_signals_blocked(|| {
         std::thread::Builder::new()
-            .name("reverbs".into())
+            .name(socket::AGENT_THREAD.into())
             .spawn(move || {
                 // SAFETY: the read end belongs to this thread from here on.
                 let woken = unsafe { File::from_raw_fd(woken) };
                 Agent {
-                    listener,
+                    connections: Connections::new(listener),
                     woken,
-                    connections: Vec::new(),
                     state: State::default(),
                 }
                 .run();
@@ -121,67 +118,36 @@ fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
 
 #[derive(Debug)]
 struct Agent {
-    listener: UnixListener,
+    connections: Connections,
     woken: File,
-    connections: Vec<UnixStream>,
     state: State,
 }
 
 impl Agent {
     fn run(mut self) {
         loop {
-            let connections = self.connections.len();
-            let mut waiting = vec![self.listener.as_raw_fd(), self.woken.as_raw_fd()];
-            waiting.extend(self.connections.iter().map(AsRawFd::as_raw_fd));
+            let mut waiting = vec![self.woken.as_raw_fd()];
+            waiting.extend(self.connections.files());
+            let events_from = waiting.len();
             waiting.extend(events::files());
-            let Some(ready) = wait_for(&waiting) else {
+            let Some(ready) = wait_for(&waiting, self.connections.next_limit()) else {
                 continue;
             };
-            if ready[1] {
+            if ready[0] {
                 let mut drained = [0; 64];
                 let _ = std::io::Read::read(&mut self.woken, &mut drained);
             }
-            if ready[2 + connections..].contains(&true) {
+            if ready[events_from..].contains(&true) {
                 events::forward(self.state.phase());
             }
-            let mut index = 0;
-            self.connections.retain_mut(|connection| {
-                index += 1;
-                !ready[1 + index] || answer(connection, &mut self.state)
-            });
-            if ready[0] {
-                self.accept();
-            }
-        }
-    }
-
-    fn accept(&mut self) {
-        while let Ok((connection, _)) = self.listener.accept() {
-            if is_same_user(&connection) && connection.set_read_timeout(Some(FRAME_LIMIT)).is_ok() {
-                self.connections.push(connection);
-            }
+            self.connections
+                .serve(&ready[1..events_from], &mut self.state);
         }
     }
 }
 
-/// Answers one request; `false` if the connection is at its end.
-fn answer(connection: &mut UnixStream, state: &mut State) -> bool {
-    match socket::receive(connection) {
-        Ok(Some(request)) => {
-            let reply =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| state.answer(request)));
-            let reply = reply.unwrap_or_else(|_| Reply::Refused {
-                phase: Phase::Running,
-                reason: "the agent met a defect of its own; see its log".into(),
-            });
-            socket::send(connection, &reply).is_ok()
-        }
-        Ok(None) | Err(_) => false,
-    }
-}
-
-/// Which of the files have something to read; `None` if the wait was cut short.
-fn wait_for(files: &[RawFd]) -> Option<Vec<bool>> {
+/// Which of the files have something to read, of which negative ones have nothing; `None` if the wait was cut short.
+fn wait_for(files: &[RawFd], until: Option<Instant>) -> Option<Vec<bool>> {
     let mut polled: Vec<_> = files
         .iter()
         .map(|fd| libc::pollfd {
@@ -190,23 +156,12 @@ fn wait_for(files: &[RawFd]) -> Option<Vec<bool>> {
             revents: 0,
         })
         .collect();
+    let timeout = until.map_or(-1, |until| {
+        let left = until.saturating_duration_since(Instant::now());
+        // Rounded up: not again and again in the last millisecond.
+        i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+    });
     // SAFETY: `polled` has as many entries as is said.
-    let answer = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
-    (answer > 0).then(|| polled.iter().map(|file| file.revents != 0).collect())
-}
-
-fn is_same_user(connection: &UnixStream) -> bool {
-    // SAFETY: the kernel writes at most `length` bytes into the structure.
-    unsafe {
-        let mut peer: libc::ucred = std::mem::zeroed();
-        let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-        let answer = libc::getsockopt(
-            connection.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &raw mut length,
-        );
-        answer == 0 && (peer.uid == libc::geteuid() || peer.uid == 0)
-    }
+    let answer = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout) };
+    (answer >= 0).then(|| polled.iter().map(|file| file.revents != 0).collect())
 }

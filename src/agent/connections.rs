@@ -1,0 +1,178 @@
+//! Those who ask. Whoever is slow, silent or talks nonsense does not keep the agent from its work for the others.
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use rustix::net::RecvFlags;
+
+use super::serve::State;
+use crate::control::message::{Phase, Reply};
+use crate::control::socket::{self, Incoming};
+
+/// How long a message may take to arrive once it has begun, the first one of a connection to begin and arrive, and a reply
+/// to be taken.
+const FRAME_LIMIT: Duration = Duration::from_secs(10);
+/// More are not kept: they are descriptors of the application's process.
+const MOST: usize = 32;
+/// For at most so long nobody new is let in after a failure to do so.
+const REST: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Connections {
+    listener: UnixListener,
+    list: Vec<Connection>,
+    /// No descriptor was left for a new one. Not a moment in time: the process may wake up under another clock.
+    rests: bool,
+}
+
+impl Connections {
+    pub(super) fn new(listener: UnixListener) -> Self {
+        Self {
+            listener,
+            list: Vec::new(),
+            rests: false,
+        }
+    }
+
+    /// What to wait for: the listener (or -1 while it rests), then each connection.
+    pub(super) fn files(&self) -> Vec<RawFd> {
+        let listener = if self.rests {
+            -1
+        } else {
+            self.listener.as_raw_fd()
+        };
+        let connections = self.list.iter().map(|one| one.stream.as_raw_fd());
+        std::iter::once(listener).chain(connections).collect()
+    }
+
+    /// When something has to be done although nobody says anything.
+    pub(super) fn next_limit(&self) -> Option<Instant> {
+        let frames = self.list.iter().filter_map(|one| one.must_arrive_by);
+        let rest = self.rests.then(|| Instant::now() + REST);
+        frames.chain(rest).min()
+    }
+
+    /// Answers whoever has asked, and lets new ones in; `ready` is about the files of [`Connections::files`].
+    pub(super) fn serve(&mut self, ready: &[bool], state: &mut State) {
+        let now = Instant::now();
+        let mut released_for = None;
+        let mut ready_now = ready[1..].iter();
+        self.list.retain_mut(|connection| {
+            let is_ready = ready_now.next().is_some_and(|ready| *ready);
+            let was_released = state.phase() >= Phase::Released;
+            let stays = if is_ready {
+                connection.serve(state)
+            } else {
+                connection.must_arrive_by.is_none_or(|limit| now < limit)
+            };
+            if !was_released && state.phase() >= Phase::Released {
+                released_for = Some(connection.stream.as_raw_fd());
+            }
+            stays
+        });
+        if let Some(orchestrator) = released_for {
+            // A process with a connection to the outside cannot be dumped.
+            self.list
+                .retain(|connection| connection.stream.as_raw_fd() == orchestrator);
+        }
+        self.rests = false;
+        if ready[0] {
+            self.accept();
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.add(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
+                Err(error) => {
+                    // Waiting for the listener would not wait at all.
+                    tracing::warn!(%error, "cannot let anybody in");
+                    self.rests = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, stream: UnixStream) {
+        if !is_same_user(&stream) || stream.set_write_timeout(Some(FRAME_LIMIT)).is_err() {
+            return;
+        }
+        if self.list.len() >= MOST {
+            let silent = self.list.iter().position(|one| !one.has_asked);
+            self.list.remove(silent.unwrap_or(0));
+        }
+        self.list.push(Connection {
+            stream,
+            incoming: Incoming::default(),
+            must_arrive_by: Some(Instant::now() + FRAME_LIMIT),
+            has_asked: false,
+        });
+    }
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    incoming: Incoming,
+    /// The limit of a message that has begun, or of the first.
+    must_arrive_by: Option<Instant>,
+    has_asked: bool,
+}
+
+impl Connection {
+    /// Answers a request that is there; `false` if the connection is at its end.
+    fn serve(&mut self, state: &mut State) -> bool {
+        let request = match self.incoming.receive(&mut WhatIsThere(&self.stream)) {
+            Ok(Some(request)) => request,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let limit = || Instant::now() + FRAME_LIMIT;
+                let limit = *self.must_arrive_by.get_or_insert_with(limit);
+                return Instant::now() < limit;
+            }
+            Ok(None) | Err(_) => return false,
+        };
+        self.must_arrive_by = None;
+        self.has_asked = true;
+        // What an orchestrator wanted that is not there any more is not begun: who takes over asks again.
+        if self.is_closed() {
+            return false;
+        }
+        let reply =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| state.answer(request)));
+        let reply = reply.unwrap_or_else(|_| Reply::Refused {
+            phase: Phase::Running,
+            reason: "the agent met a defect of its own; see its log".into(),
+        });
+        socket::send(&mut self.stream, &reply).is_ok()
+    }
+
+    fn is_closed(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let mut next = [0];
+        match rustix::net::recv(&self.stream, &mut next, flags) {
+            Ok((_, read)) => read == 0,
+            Err(error) => error != rustix::io::Errno::AGAIN,
+        }
+    }
+}
+
+/// Reading without waiting, from a stream whose writing waits.
+struct WhatIsThere<'a>(&'a UnixStream);
+
+impl Read for WhatIsThere<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (_, read) = rustix::net::recv(self.0, buffer, RecvFlags::DONTWAIT)?;
+        Ok(read)
+    }
+}
+
+fn is_same_user(connection: &UnixStream) -> bool {
+    rustix::net::sockopt::socket_peercred(connection)
+        .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
+}
