@@ -299,59 +299,57 @@ impl WorkFolder {
             .context("cannot keep the output of CRIU")
     }
 
-    /// What CRIU's log says went wrong, and where the whole of it is kept.
+    /// One line: what CRIU's log says went wrong first, and where the whole of it is kept.
     fn explain(&self, log: &str, status: &str) -> String {
         let log = self.path().join(log);
         let text = std::fs::read(&log).unwrap_or_default();
         let output = std::fs::read(self.path().join("output")).unwrap_or_default();
-        let mut errors = errors_of(&String::from_utf8_lossy(&text));
-        if errors.is_empty() {
-            errors = String::from_utf8_lossy(&output)
-                .lines()
-                .rev()
-                .take(2)
-                .map(str::to_owned)
-                .collect();
-            errors.reverse();
+        let first = first_error(&String::from_utf8_lossy(&text)).or_else(|| {
+            let output = String::from_utf8_lossy(&output);
+            Some(output.lines().next_back()?.trim().to_owned())
+        });
+        let mut line = format!("CRIU failed ({status})");
+        if let Some(first) = first {
+            line.push_str(": ");
+            line.push_str(&first);
         }
-        let kept = std::fs::copy(&log, &self.kept_log).map_or_else(
-            |_| String::new(),
-            |_| format!(" (log: {})", self.kept_log.display()),
-        );
-        format!("CRIU failed ({status}): {}{kept}", errors.join(" / "))
+        if std::fs::copy(&log, &self.kept_log).is_ok() {
+            line.push_str(&format!(" (log: {})", self.kept_log.display()));
+        }
+        line
     }
 }
 
-/// The first errors of a log, which are the cause of the others, without times and source lines.
-fn errors_of(log: &str) -> Vec<String> {
-    const MOST: usize = 3;
-    let mut errors: Vec<String> = log
-        .lines()
-        .filter_map(|line| {
-            let (_, error) = line.split_once("Error (")?;
-            let (_, text) = error.split_once("): ")?;
-            Some(text.trim().to_owned())
-        })
-        .filter(|text| !text.ends_with("FAILED."))
-        .collect();
-    errors.dedup();
-    errors.truncate(MOST);
-    errors
+/// The first error of a log, which is the cause of the others, without its time and source line, and not longer than a
+/// line should be.
+fn first_error(log: &str) -> Option<String> {
+    const LONGEST: usize = 160;
+    let text = log.lines().find_map(|line| {
+        let (_, error) = line.split_once("Error (")?;
+        let (_, text) = error.split_once("): ")?;
+        Some(text.trim())
+    })?;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => Some(format!("{}...", &text[..end])),
+        None => Some(text.to_owned()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::errors_of;
+    use super::first_error;
 
     #[test]
-    fn errors_are_quoted_without_noise() {
+    fn the_first_error_is_quoted_without_noise() {
         let log = "(00.012) Dumping\n\
             (00.013)     13: Error (criu/tty.c:100): tty: Don't have tty to inherit session from\n\
             (00.014) Error (criu/cr-dump.c:1780): Dumping FAILED.\n";
         assert_eq!(
-            errors_of(log),
-            ["tty: Don't have tty to inherit session from"]
+            first_error(log).as_deref(),
+            Some("tty: Don't have tty to inherit session from")
         );
-        assert!(errors_of("").is_empty());
+        assert_eq!(first_error(""), None);
+        let long = format!("(00.1) Error (a.c:1): {}", "\u{e9}".repeat(500));
+        assert_eq!(first_error(&long).unwrap().chars().count(), 163);
     }
 }
