@@ -1,13 +1,16 @@
 //! `reverbs restart`: a job from its image.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use reverbs::control::message::{PROTOCOL_VERSION, Phase, Reply, Request};
 use reverbs::control::socket::{agent_socket, runtime_dir};
 
 use super::addresses::ForeignBinds;
@@ -16,7 +19,7 @@ use super::criu::{Criu, RestoreFailure, WorkFolder};
 use super::files::{cut_back, put_back};
 use super::image::{Image, Manifest};
 use super::interrupt::Interrupt;
-use super::job::{Driver, JobLock, ProcessTree, SocketAgents, new_session};
+use super::job::{Driver, JobLock, ProcessTree, SocketAgents, ask_once, new_session};
 use super::progress::{Progress, bytes, count};
 
 /// What is in the way passes within about a second where init is slow to reap; a few more for a busy machine.
@@ -52,6 +55,7 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     }
     let lock = JobLock::take(&runtime_folder, manifest.root)?;
     let interrupt = Interrupt::install()?;
+    refuse_half_restored(manifest, &runtime_folder)?;
     wait_for_ids(&manifest.ids())?;
     let foreign_binds = ForeignBinds::allow(&manifest.addresses, &progress)?;
 
@@ -84,7 +88,10 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     let work = WorkFolder::create(&runtime_folder, manifest.root)?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .context("cannot become the parent of the restored job")?;
-    let copiers = restore(&criu, &image, &work, options)?;
+    let copiers = restore(&criu, &image, &work, options).inspect_err(|_| {
+        // A CRIU that was killed leaves what it had begun.
+        kill(manifest);
+    })?;
     drop(foreign_binds);
     progress.phase(
         "restore",
@@ -128,6 +135,27 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
+/// A restart that was killed behind CRIU's back has left the whole job, waiting for its hardware.
+fn refuse_half_restored(manifest: &Manifest, runtime_folder: &Path) -> Result<()> {
+    let hello = Request::Hello {
+        version: PROTOCOL_VERSION,
+    };
+    for process in manifest.processes.iter().filter(|one| one.rdma.is_some()) {
+        // Whoever does not answer is in the way of the restart as any other process of that id.
+        if let Ok(Some(Reply::Hello { phase, .. })) = ask_once(runtime_folder, process.pid, &hello)
+            && phase != Phase::Running
+        {
+            bail!(
+                "process {} of the image is there already, in phase {phase:?}: after a restart that was killed, \
+                 `reverbs resume {}` lets the job run on",
+                process.pid,
+                manifest.root
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Every id of the image must be free. One of a process that is just ending may take a moment.
 fn wait_for_ids(ids: &[i32]) -> Result<()> {
     let us = std::process::id().cast_signed();
@@ -144,7 +172,8 @@ fn wait_for_ids(ids: &[i32]) -> Result<()> {
         if attempt == ATTEMPTS {
             let name = std::fs::read_to_string(format!("/proc/{id}/comm")).unwrap_or_default();
             bail!(
-                "process id {id} of the image is taken by \"{}\": end it (does the job still run?), or restart on another host",
+                "process id {id} of the image is taken by \"{}\": end it (does the job still run, or is it just being \
+                 restored?), or restart on another host",
                 name.trim()
             );
         }
@@ -281,13 +310,22 @@ fn forget_closed_connections(ports: &[u16]) {
     }
 }
 
-/// Everything of the image that is there: the ids were free before, so it is ours.
+/// Ends what was restored, and what that has started. It is below us, as we are the nearest subreaper; another process that
+/// happens to have an id of the image is not.
 fn kill(manifest: &Manifest) {
-    if let Ok(tree) = ProcessTree::of(manifest.root) {
-        for pid in tree.pids() {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+    let Ok(tree) = ProcessTree::of(std::process::id().cast_signed()) else {
+        return;
+    };
+    let mut restored: BTreeSet<i32> = manifest.ids().into_iter().collect();
+    // Parents come before their children.
+    for member in &tree.members {
+        if restored.contains(&member.parent) {
+            restored.insert(member.pid);
+        }
+        if restored.contains(&member.pid)
+            && let Some(pid) = rustix::process::Pid::from_raw(member.pid)
+        {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 }
