@@ -117,10 +117,7 @@ impl Checkpoint {
         let saved = match saved {
             Ok(saved) => saved,
             Err(error) => {
-                driver
-                    .recover()
-                    .with_context(|| format!("after \"{error:#}\""))?;
-                return Err(error.context("no image was made, the job runs on"));
+                return Err(driver.recover(error, "no image was made, the job runs on"));
             }
         };
         match saved {
@@ -130,10 +127,7 @@ impl Checkpoint {
             }
             Saved::Written(manifest) => {
                 if let Err(error) = driver.restore_service() {
-                    driver
-                        .recover()
-                        .with_context(|| format!("after \"{error:#}\""))?;
-                    return Err(error.context("the image is dropped, the job runs on"));
+                    return Err(driver.recover(error, "the image is dropped, the job runs on"));
                 }
                 let progress = driver.progress();
                 self.publish(*manifest, progress)

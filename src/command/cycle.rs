@@ -76,13 +76,7 @@ fn once(
         bail!("no process of the job runs under reverbs: start it with `reverbs run`");
     }
     let outcome = driver.release().and_then(|()| driver.restore_service());
-    if let Err(error) = outcome {
-        driver
-            .recover()
-            .with_context(|| format!("after \"{error:#}\""))?;
-        return Err(error.context("the job runs on as it was"));
-    }
-    Ok(())
+    outcome.map_err(|error| driver.recover(error, "the job runs on as it was"))
 }
 
 /// To standard output: it is what the command is for.

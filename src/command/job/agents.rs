@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use reverbs::control::message::{
     HardwarePeer, PROTOCOL_VERSION, Phase, ProcessNumbers, Reply, Request, Session,
@@ -128,10 +131,13 @@ impl SocketAgents {
 
     fn hello(&mut self, pid: i32) -> Result<Option<Hello>> {
         if !self.connections.contains_key(&pid) {
-            let Some(stream) = connect(&self.runtime_dir, pid)? else {
-                return Ok(None);
+            match connect(&self.runtime_dir, pid)? {
+                Some(stream) => self.connections.insert(pid, stream),
+                None => match silence(&self.runtime_dir, pid) {
+                    AgentFailure::Ended => return Ok(None),
+                    AgentFailure::Broken(why) => bail!(why),
+                },
             };
-            self.connections.insert(pid, stream);
         }
         let request = Request::Hello {
             version: PROTOCOL_VERSION,
@@ -208,8 +214,10 @@ impl Agents for SocketAgents {
                             *stream = connect(runtime_dir, pid)
                                 .map_err(|error| AgentFailure::Broken(format!("{error:#}")))?;
                         }
-                        let stream = stream.as_mut().ok_or(AgentFailure::Ended)?;
-                        exchange(stream, request).map_err(|error| explain(pid, &error, request))
+                        let Some(stream) = stream.as_mut() else {
+                            return Err(silence(runtime_dir, pid));
+                        };
+                        exchange(pid, stream, request)
                     });
                     (pid, asking)
                 })
@@ -259,6 +267,8 @@ pub(crate) fn listening(runtime_dir: &Path) -> Result<Vec<i32>> {
             let name = entry.ok()?.file_name();
             name.to_str()?.strip_suffix(".sock")?.parse().ok()
         })
+        // What a process has left that was killed.
+        .filter(|pid| !tree::agent_is_gone(*pid))
         .collect();
     pids.sort_unstable();
     Ok(pids)
@@ -272,12 +282,10 @@ pub(crate) fn ask_once(runtime_dir: &Path, pid: i32, request: &Request) -> Resul
     let Some(mut stream) = connect(runtime_dir, pid)? else {
         return Ok(None);
     };
-    match exchange(&mut stream, request) {
+    match exchange(pid, &mut stream, request) {
         Ok(reply) => Ok(Some(reply)),
-        Err(error) => match explain(pid, &error, request) {
-            AgentFailure::Ended => Ok(None),
-            AgentFailure::Broken(why) => bail!("process {pid}: {why}"),
-        },
+        Err(AgentFailure::Ended) => Ok(None),
+        Err(AgentFailure::Broken(why)) => bail!("process {pid}: {why}"),
     }
 }
 
@@ -309,11 +317,65 @@ fn connect(runtime_dir: &Path, pid: i32) -> Result<Option<UnixStream>> {
     Ok(Some(stream))
 }
 
-fn exchange(stream: &mut UnixStream, request: &Request) -> io::Result<Reply> {
-    stream.set_write_timeout(Some(Duration::from_secs(10)))?;
-    stream.set_read_timeout(Some(patience(request)))?;
+/// Nobody listens. That is as it should be where there is no agent.
+fn silence(runtime_dir: &Path, pid: i32) -> AgentFailure {
+    if tree::agent_is_gone(pid) {
+        return AgentFailure::Ended;
+    }
+    AgentFailure::Broken(format!(
+        "it runs under reverbs, but nobody listens at {}: was that removed? It can be neither checkpointed nor resumed",
+        socket::agent_socket(runtime_dir, pid).display()
+    ))
+}
+
+fn exchange(pid: i32, stream: &mut UnixStream, request: &Request) -> Result<Reply, AgentFailure> {
+    let began = Instant::now();
+    let outcome = say_and_hear(pid, stream, request);
+    outcome.map_err(|error| explain(pid, &error, request, began.elapsed()))
+}
+
+fn say_and_hear(pid: i32, stream: &mut UnixStream, request: &Request) -> io::Result<Reply> {
+    const FRAME_LIMIT: Duration = Duration::from_secs(10);
+    stream.set_write_timeout(Some(FRAME_LIMIT))?;
+    stream.set_read_timeout(Some(FRAME_LIMIT))?;
     socket::send(stream, request)?;
+    wait_for_reply(pid, stream, patience(request))?;
     socket::receive(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Returns when there is something to read, or nothing to come: the end of the process is watched too, since a child that it
+/// has forked keeps its end of the connection open. A process that is stopped all the time is not waited for as long as one
+/// that is at work.
+fn wait_for_reply(pid: i32, stream: &UnixStream, limit: Duration) -> io::Result<()> {
+    const STOPPED_LIMIT: Duration = Duration::from_secs(20);
+    const LOOK: Duration = Duration::from_secs(1);
+    let process = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+    let process = match pidfd_open(process, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(()),
+        opened => opened?,
+    };
+    let look = Timespec::try_from(LOOK).map_err(io::Error::other)?;
+    let (began, mut seen_at_work) = (Instant::now(), Instant::now());
+    let mut files = [
+        PollFd::new(stream, PollFlags::IN),
+        PollFd::new(&process, PollFlags::IN),
+    ];
+    loop {
+        if !tree::is_stopped(pid) {
+            seen_at_work = Instant::now();
+        }
+        if began.elapsed() >= limit || seen_at_work.elapsed() >= STOPPED_LIMIT {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match poll(&mut files, Some(&look)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) if files[0].revents().is_empty() => {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            Ok(_) => return Ok(()),
+        }
+    }
 }
 
 /// How long an answer may take. What the agent bounds itself gets a margin; rebuilding registers memory, which takes
@@ -339,22 +401,26 @@ fn patience(request: &Request) -> Duration {
     }
 }
 
-fn explain(pid: i32, error: &io::Error, request: &Request) -> AgentFailure {
+fn explain(pid: i32, error: &io::Error, request: &Request, waited: Duration) -> AgentFailure {
     match error.kind() {
         io::ErrorKind::UnexpectedEof
         | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::ConnectionReset => AgentFailure::Ended,
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            let name = format!("{request:?}");
-            let name = name.split([' ', '{']).next().unwrap_or_default();
-            AgentFailure::Broken(format!(
-                "no answer to {name} within {} s (is it stopped? {})",
-                patience(request).as_secs(),
-                tree::state(pid).map_or("it is gone".to_owned(), |state| format!(
-                    "its state is {state}"
+        | io::ErrorKind::ConnectionReset => {
+            if tree::agent_is_gone(pid) {
+                AgentFailure::Ended
+            } else {
+                AgentFailure::Broken(format!(
+                    "its agent has closed the connection in the middle of \"{}\"",
+                    request.name()
                 ))
-            ))
+            }
         }
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => AgentFailure::Broken(format!(
+            "no answer to \"{}\" within {} s: {}",
+            request.name(),
+            waited.as_secs(),
+            tree::why_silent(pid)
+        )),
         _ => AgentFailure::Broken(format!("cannot speak with its agent: {error}")),
     }
 }

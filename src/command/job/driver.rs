@@ -5,6 +5,8 @@
 //! catch up, and for whatever an orchestrator that was killed has left behind. When something fails, [`Driver::recover`] looks
 //! at where everybody is and takes them back to `Running`: backwards if nothing was moved yet, else forwards.
 
+mod recovery;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -52,7 +54,12 @@ pub(crate) struct Driver<'a, A> {
     /// Those whose session was that of another orchestrator when we found them.
     inherited: BTreeSet<i32>,
     ended: BTreeSet<i32>,
+    /// Those that refuse, and why.
     stuck: BTreeMap<i32, String>,
+    /// Those that are there and do not answer, and why.
+    silent: BTreeMap<i32, String>,
+    /// Somebody may have been asked for what has no way back.
+    moved: bool,
 }
 
 impl<'a, A: Agents> Driver<'a, A> {
@@ -79,6 +86,8 @@ impl<'a, A: Agents> Driver<'a, A> {
             inherited: BTreeSet::new(),
             ended: BTreeSet::new(),
             stuck: BTreeMap::new(),
+            silent: BTreeMap::new(),
+            moved: false,
         }
     }
 
@@ -105,6 +114,7 @@ impl<'a, A: Agents> Driver<'a, A> {
     /// A process does not answer, or the other orchestrator lives.
     pub(crate) fn attach_abandoned(&mut self) -> Result<usize> {
         self.takeover = true;
+        self.moved = true;
         self.look_around()?;
         Ok(self.phases.len())
     }
@@ -218,51 +228,6 @@ impl<'a, A: Agents> Driver<'a, A> {
         }
     }
 
-    /// After a failure: brings everybody back to `Running`, on the device where they were, or one that fits.
-    ///
-    /// # Errors
-    /// As [`Driver::bring_back`].
-    pub(crate) fn recover(&mut self) -> Result<()> {
-        // The device asked for may be what has failed.
-        self.devices.clear();
-        self.bring_back()
-    }
-
-    /// Brings a job that stands anywhere back to `Running`.
-    ///
-    /// Backwards where nothing was moved yet. Else forwards, with one exception: where some are `Rebuilt` or later, those
-    /// in `Running` have already finished (or have just been started) and are left alone, since taking their
-    /// hardware away would cut the connections of the others.
-    ///
-    /// # Errors
-    /// Some process could not be brought back; the others were.
-    pub(crate) fn bring_back(&mut self) -> Result<()> {
-        self.tolerant = true;
-        self.takeover = true;
-        self.look_around()?;
-        if self.phases.values().any(|phase| *phase > Phase::Closed) {
-            if self.phases.values().any(|phase| *phase >= Phase::Rebuilt) {
-                let claimed_only = self.claimed_only();
-                self.put(&claimed_only, &Request::Resume)?;
-                self.phases.retain(|_, phase| *phase != Phase::Running);
-                self.circle_closed = true;
-            }
-            self.release()?;
-            self.restore_service()?;
-        } else {
-            self.finish()?;
-        }
-        if self.stuck.is_empty() {
-            return Ok(());
-        }
-        let stuck: Vec<_> = self
-            .stuck
-            .iter()
-            .map(|(pid, why)| format!("process {pid}: {why}"))
-            .collect();
-        bail!("could not be brought back: {}", stuck.join("; "))
-    }
-
     /// Learns where everybody is. Newly found agents take part from here on.
     fn look_around(&mut self) -> Result<usize> {
         let mut found = 0;
@@ -270,7 +235,7 @@ impl<'a, A: Agents> Driver<'a, A> {
             let hello = match found_now {
                 Ok(hello) => hello,
                 Err(silent) if self.tolerant => {
-                    self.give_up(silent.pid, silent.why);
+                    self.silent.insert(silent.pid, silent.why);
                     continue;
                 }
                 Err(silent) => bail!("process {}: {}", silent.pid, silent.why),
@@ -432,6 +397,7 @@ impl<'a, A: Agents> Driver<'a, A> {
 
     fn stop(&mut self) -> Result<()> {
         let limit_ms = milliseconds(STOP_LIMIT);
+        self.moved = true;
         self.step("stop", Phase::Closed, &Request::Stop { limit_ms })
     }
 
@@ -537,13 +503,23 @@ impl<'a, A: Agents> Driver<'a, A> {
                         .note(&format!("process {pid} ended; going on without it"));
                     continue;
                 }
-                Err(AgentFailure::Broken(why)) => why,
+                Err(AgentFailure::Broken(why)) => {
+                    failure.get_or_insert(anyhow!("process {pid}: {why}"));
+                    self.phases.remove(&pid);
+                    self.silent.insert(pid, why);
+                    continue;
+                }
             };
             if self.tolerant {
                 self.give_up(pid, why);
             } else {
                 failure.get_or_insert(anyhow!("process {pid}: {why}"));
             }
+        }
+        if self.phases.is_empty() && !self.ended.is_empty() {
+            failure.get_or_insert(anyhow!(
+                "no process of the job is left that runs under reverbs"
+            ));
         }
         failure.map_or(Ok(answered), Err)
     }
@@ -554,6 +530,14 @@ impl<'a, A: Agents> Driver<'a, A> {
         self.claimed.remove(&pid);
         self.stuck.insert(pid, why);
     }
+}
+
+fn described(processes: &BTreeMap<i32, String>) -> String {
+    let each: Vec<_> = processes
+        .iter()
+        .map(|(pid, why)| format!("process {pid}: {why}"))
+        .collect();
+    each.join("; ")
 }
 
 fn milliseconds(duration: Duration) -> u64 {

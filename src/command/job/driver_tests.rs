@@ -113,10 +113,9 @@ fn a_failure_in_any_step_fails_the_cycle_and_leaves_everybody_running() {
             let mut job = FakeJob::of(&[Phase::Running; 3]);
             job.agents.get_mut(&101).unwrap().mishap = Some((step, mishap));
             drive(&mut job, |driver| {
-                assert!(cycle(driver).is_err(), "{case}");
-                driver
-                    .recover()
-                    .unwrap_or_else(|error| panic!("{case}: {error:#}"));
+                let error = cycle(driver).expect_err(&case);
+                let told = driver.recover(error, "back").to_string();
+                assert_eq!(told, "back", "{case}");
             });
             assert_all_running(&job, &case);
             assert_eq!(job.broken_rules, [""; 0], "{case}");
@@ -146,6 +145,21 @@ fn the_others_go_on_without_a_process_that_dies() {
 }
 
 #[test]
+fn a_job_that_ends_altogether_is_said_to_have_ended() {
+    for step in &STEPS[..12] {
+        let mut job = FakeJob::of(&[Phase::Running; 2]);
+        for agent in job.agents.values_mut() {
+            agent.mishap = Some((step, Mishap::Dies));
+        }
+        drive(&mut job, |driver| {
+            let error = cycle(driver).expect_err(step);
+            let told = driver.recover(error, "back").to_string();
+            assert_eq!(told, "the job has ended", "{step}");
+        });
+    }
+}
+
+#[test]
 fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
     for step in ["close", "stop", "settle", "release", "rebuild", "connect"] {
         let mut job = FakeJob::of(&[Phase::Running; 3]);
@@ -154,18 +168,55 @@ fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
         agent.mishap = Some((step, Mishap::Refuses));
         agent.stubborn = true;
         let error = drive(&mut job, |driver| {
-            assert!(cycle(driver).is_err(), "{step}");
-            driver.recover()
+            let error = cycle(driver).expect_err(step);
+            format!("{:#}", driver.recover(error, "back"))
         });
-        if step == "close" {
-            // Nothing was moved: nobody has to be asked what it refuses.
-            error.unwrap();
-        } else {
-            let error = error.unwrap_err().to_string();
-            assert!(error.contains("process 101: told to"), "{step}: {error}");
-        }
+        assert!(error.contains("process 101: told to"), "{step}: {error}");
+        // Where nothing was moved nobody has to be asked what it refuses.
+        let all_back = step == "close";
+        assert_eq!(error.starts_with("back"), all_back, "{step}: {error}");
         for pid in [100, 102] {
             assert_eq!(job.agents[&pid].phase, Phase::Running, "{step}: {pid}");
+        }
+    }
+}
+
+#[test]
+fn nobody_goes_on_without_one_that_is_stopped() {
+    for step in &STEPS[..12] {
+        for comes_back in [true, false] {
+            let mut job = FakeJob::of(&[Phase::Running; 3]);
+            job.agents.get_mut(&101).unwrap().mishap = Some((step, Mishap::Stops));
+            drive(&mut job, |driver| {
+                let error = cycle(driver).unwrap_err();
+                assert!(
+                    error.to_string().contains("process 101: stopped"),
+                    "{step}: {error}"
+                );
+                let error = format!("{:#}", driver.recover(error, "back"));
+                assert!(!error.contains("back"), "{step}: {error}");
+                assert!(error.contains("process 101: stopped"), "{step}: {error}");
+                assert!(error.contains("reverbs resume"), "{step}: {error}");
+            });
+            let moved = !["begin", "examine", "close", "drain"].contains(step);
+            for pid in [100, 102] {
+                let agent = &job.agents[&pid];
+                // Those that were connected may run: nothing that they send is lost to it.
+                let waits = moved && *step != "resume";
+                assert_eq!(agent.phase != Phase::Running, waits, "{step}: {agent:?}");
+            }
+            if comes_back {
+                job.agents.get_mut(&101).unwrap().stopped = false;
+            } else {
+                job.agents.remove(&101);
+            }
+            drive(&mut job, |driver| {
+                driver.attach_abandoned().unwrap();
+                driver.bring_back()
+            })
+            .unwrap_or_else(|error| panic!("{step}: {error:#}"));
+            assert_all_running(&job, step);
+            assert_eq!(job.broken_rules, [""; 0], "{step}");
         }
     }
 }
@@ -198,7 +249,7 @@ fn whatever_a_dead_orchestrator_left_is_brought_back() {
                         agent.session = Some(session(99));
                     }
                 }
-                drive(&mut job, |driver| driver.recover())
+                drive(&mut job, |driver| driver.bring_back())
                     .unwrap_or_else(|error| panic!("{phases:?}: {error:#}"));
                 assert_all_running(&job, &format!("{phases:?}"));
                 assert_eq!(job.broken_rules, [""; 0], "{phases:?}");
@@ -220,7 +271,9 @@ fn a_job_with_a_living_orchestrator_is_left_alone() {
     let mut job = FakeJob::of(&[Phase::Closed, Phase::Running]);
     job.agents.get_mut(&100).unwrap().session = Some(session(99));
     job.alive = vec![99];
-    for act in [cycle, |driver: &mut Driver<'_, FakeJob>| driver.recover()] {
+    for act in [cycle, |driver: &mut Driver<'_, FakeJob>| {
+        driver.bring_back()
+    }] {
         let error = drive(&mut job, act).unwrap_err().to_string();
         assert!(error.contains("process 99"), "{error}");
         assert_eq!(job.asked, [""; 0]);
@@ -244,7 +297,7 @@ fn an_interrupt_before_anything_was_moved_takes_it_back() {
     interrupt.raise();
     let mut driver = Driver::new(&mut job, &mut progress, interrupt, session(1), Vec::new());
     driver.attach().unwrap();
-    assert!(driver.release().is_err());
-    driver.recover().unwrap();
+    let error = driver.release().unwrap_err();
+    assert_eq!(driver.recover(error, "back").to_string(), "back");
     assert_all_running(&job, "interrupt");
 }

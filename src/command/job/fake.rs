@@ -18,6 +18,8 @@ pub(super) enum Mishap {
     Hangs,
     /// Does it, and the answer is lost.
     AnswerLost,
+    /// Does not do it, and answers nothing any more.
+    Stops,
     Dies,
 }
 
@@ -28,6 +30,8 @@ pub(super) struct FakeAgent {
     pub(super) mishap: Option<(&'static str, Mishap)>,
     /// Refuses for ever what the mishap names.
     pub(super) stubborn: bool,
+    /// Answers nothing.
+    pub(super) stopped: bool,
     /// Sends outstanding when closed, and how many complete in each round of draining.
     pub(super) outstanding: u64,
     pub(super) per_round: u64,
@@ -42,6 +46,7 @@ impl FakeAgent {
             session: None,
             mishap: None,
             stubborn: false,
+            stopped: false,
             outstanding: 0,
             per_round: 1,
             rebuilds: 0,
@@ -93,6 +98,9 @@ impl FakeJob {
         let Some(agent) = self.agents.get_mut(&pid) else {
             return Err(AgentFailure::Ended);
         };
+        if agent.stopped {
+            return Err(AgentFailure::Broken("stopped".into()));
+        }
         let mishap = agent.mishap.filter(|(at, _)| *at == name);
         if mishap.is_some() && !agent.stubborn {
             agent.mishap = None;
@@ -105,6 +113,10 @@ impl FakeJob {
                 });
             }
             Some(Mishap::Hangs) => return Err(AgentFailure::Broken("told to".into())),
+            Some(Mishap::Stops) => {
+                agent.stopped = true;
+                return Err(AgentFailure::Broken("stopped".into()));
+            }
             Some(Mishap::Dies) => {
                 self.agents.remove(&pid);
                 return Err(AgentFailure::Ended);
@@ -207,12 +219,16 @@ impl Agents for FakeJob {
     fn scan(&mut self) -> Vec<Result<Hello, Unreachable>> {
         self.agents
             .iter()
-            .map(|(pid, agent)| {
-                Ok(Hello {
+            .map(|(pid, agent)| match agent.stopped {
+                true => Err(Unreachable {
+                    pid: *pid,
+                    why: "stopped".into(),
+                }),
+                false => Ok(Hello {
                     pid: *pid,
                     phase: agent.phase,
                     session: agent.session.clone(),
-                })
+                }),
             })
             .collect()
     }

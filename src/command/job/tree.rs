@@ -6,6 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Context, Result, bail};
 use procfs::process::{Process, Stat};
 
+use reverbs::control::socket;
+
 /// One process of the tree.
 #[derive(Clone, Debug)]
 pub(crate) struct Member {
@@ -125,8 +127,54 @@ pub(crate) fn is_reverbs(pid: i32) -> bool {
 }
 
 /// The state letter of /proc/PID/stat.
-pub(crate) fn state(pid: i32) -> Option<char> {
+fn state(pid: i32) -> Option<char> {
     Some(Process::new(pid).ok()?.stat().ok()?.state)
+}
+
+/// Whether the process has ended, is ending, or has become another program: then nobody in it will ever answer.
+pub(crate) fn agent_is_gone(pid: i32) -> bool {
+    // linux/sched.h
+    const PF_EXITING: u32 = 4;
+    let Ok(threads) = Process::new(pid).and_then(|process| process.tasks()) else {
+        return true;
+    };
+    !threads.flatten().any(|thread| {
+        // The first thread is not the agent's, but may be this very command.
+        thread.tid != pid
+            && thread.stat().is_ok_and(|stat| {
+                stat.comm == socket::AGENT_THREAD
+                    && stat.flags & PF_EXITING == 0
+                    && !matches!(stat.state, 'Z' | 'X')
+            })
+    })
+}
+
+/// By SIGSTOP or its like; not by a tracer.
+pub(crate) fn is_stopped(pid: i32) -> bool {
+    state(pid) == Some('T')
+}
+
+/// What may keep a process that lives from answering, and what to do about it.
+pub(crate) fn why_silent(pid: i32) -> String {
+    let process = Process::new(pid);
+    let tracer = process
+        .as_ref()
+        .ok()
+        .and_then(|process| Some(process.status().ok()?.tracerpid))
+        .filter(|tracer| *tracer != 0);
+    if let Some(tracer) = tracer {
+        let name = Process::new(tracer)
+            .and_then(|tracer| tracer.stat())
+            .map_or_else(|_| "?".to_owned(), |stat| stat.comm);
+        return format!("process {tracer} ({name}) holds it, wait until that is done");
+    }
+    if is_stopped(pid) {
+        return format!("it is stopped, `kill -CONT {pid}` lets it go on");
+    }
+    match state(pid) {
+        Some('Z') | None => "it has ended".to_owned(),
+        Some(_) => "it may still be busy with what it was asked before".to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -143,8 +191,14 @@ mod tests {
         let mut ready = [0; 6];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
         let root = child.id().cast_signed();
-        let tree = ProcessTree::of(root).unwrap();
-        assert_eq!(tree.members.len(), 2, "{tree:?}");
+        let tree = loop {
+            let tree = ProcessTree::of(root).unwrap();
+            assert_eq!(tree.members.len(), 2, "{tree:?}");
+            // Until it has become another program the child has its parent's name.
+            if tree.members[1].name != "sh" {
+                break tree;
+            }
+        };
         assert_eq!(tree.members[0].pid, root);
         assert_eq!(tree.members[1].name, "sleep");
         tree.require_user().unwrap();
