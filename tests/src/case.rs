@@ -9,6 +9,8 @@ use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     checkpoints, costs, cycles, facts, failures, faults, killed, moments, outside, own_programs,
     stock,
+    abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_restart,
+    moments, own_programs, rivals, stale, stock, stopped, strangers,
 };
 
 /// In which modes a case makes sense.
@@ -85,6 +87,20 @@ pub enum Action {
     Killed(&'static killed::Killed),
     /// A job that is connected to a process that is not part of it.
     Outside,
+    /// An orchestrator that dies inside a phase.
+    Abandoned(&'static abandoned::Abandoned),
+    /// Processes that are killed during cycles.
+    Dead(&'static dead::Dead),
+    /// A process that is stopped during a cycle.
+    Stopped(&'static stopped::Stopped),
+    /// Two orchestrators at once.
+    Rivals,
+    /// Clients of the agents that are no orchestrators.
+    Strangers,
+    /// Files of earlier processes.
+    Stale,
+    /// Restarts that are killed.
+    KilledRestart,
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
 }
@@ -108,6 +124,13 @@ impl Case {
             Action::Moment(moment) => moments::run(moment, job),
             Action::Killed(killed) => killed::run(killed, job),
             Action::Outside => outside::run(job),
+            Action::Abandoned(abandoned) => abandoned::run(abandoned, job),
+            Action::Dead(dead) => dead::run(dead, job),
+            Action::Stopped(stopped) => stopped::run(stopped, job),
+            Action::Rivals => rivals::run(job),
+            Action::Strangers => strangers::run(job),
+            Action::Stale => stale::run(job),
+            Action::KilledRestart => killed_restart::run(job),
             Action::Failing(failing) => failures::run(failing, job),
         }
     }
@@ -123,6 +146,13 @@ pub fn all() -> Vec<Case> {
     cases.extend(checkpoints::cases());
     cases.extend(moments::cases());
     cases.extend(killed::cases());
+    cases.extend(abandoned::cases());
+    cases.extend(dead::cases());
+    cases.extend(stopped::cases());
+    cases.extend(rivals::cases());
+    cases.extend(strangers::cases());
+    cases.extend(stale::cases());
+    cases.extend(killed_restart::cases());
     cases.extend(failures::cases());
     cases.extend(outside::cases());
     cases

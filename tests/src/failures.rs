@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::case::{Action, Case, Job, Needs};
 use crate::jobs::{COMMAND_LIMIT, Kind, Started};
-use crate::process::Running;
+use crate::process::{Running, the_line};
 
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -203,18 +203,6 @@ fn two_at_once(started: &Started<'_>, job: &Job<'_>) -> Result<String> {
     Ok(remark)
 }
 
-/// The only line of an error output.
-fn the_line(errors: &str) -> Result<&str> {
-    let mut lines = errors.lines();
-    let line = lines.next().context("it failed without a word")?;
-    ensure!(lines.next().is_none(), "more than one line: {errors}");
-    ensure!(
-        line.starts_with("reverbs: "),
-        "it does not say who it is: {line}"
-    );
-    Ok(line)
-}
-
 /// What is in a folder, hidden or not; nothing in one that does not exist.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     if !folder.exists() {
@@ -257,17 +245,4 @@ fn succeed(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("{command:?}"))?;
     ensure!(status.success(), "{command:?}: {status}");
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_is_one_line_that_says_who_it_is() {
-        the_line("reverbs: no space\n").unwrap();
-        the_line("").unwrap_err();
-        the_line("reverbs: no space\nmore\n").unwrap_err();
-        the_line("no space\n").unwrap_err();
-    }
 }

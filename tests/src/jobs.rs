@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, WaitOptions, waitpid};
 
 use crate::case::Job;
-use crate::hardware::packets_sent;
+use crate::hardware::{Numbers, packets_sent};
 use crate::process::{self, Running};
 use crate::setup::{Deadline, Setup};
 use crate::{evidence, mpi, own_programs, tree};
@@ -33,6 +33,8 @@ pub enum Kind {
     Traffic,
     /// The same below `holds`, which has something besides.
     Beside { what: &'static str },
+    /// `survivor` with children that may be killed; SIGTERM makes it finish.
+    Survivor { peers: u32 },
     /// `mpi_check`; a file makes it finish.
     Mpi { ranks: u32 },
     /// `mpi_check` of which only rank 0 is in `MPI_Init`, until the others are let in.
@@ -60,6 +62,11 @@ impl Kind {
                 let mut command = job.setup.command(job.setup.own_program("holds")?);
                 command.arg(what).arg(traffic.get_program());
                 command.args(traffic.get_args());
+                Ok(command)
+            }
+            Self::Survivor { peers } => {
+                let mut command = own_programs::command(job.setup, "survivor")?;
+                command.args(["--peers", &peers.to_string()]);
                 Ok(command)
             }
             Self::Mpi { ranks } => mpi(ranks),
@@ -144,10 +151,10 @@ impl<'a> Started<'a> {
         self.runner.wait_for_line(self.job.deadline, line).map(drop)
     }
 
-    /// The processes that drive the device; for `rc_traffic` the parent stands for both.
+    /// The processes that drive the device; for `rc_traffic` and `survivor` the parent stands for all.
     fn workers(&self) -> Result<Vec<u32>> {
         let (name, count) = match self.kind {
-            Kind::Traffic => return Ok(vec![self.root]),
+            Kind::Traffic | Kind::Survivor { .. } => return Ok(vec![self.root]),
             Kind::Beside { .. } => ("rc_traffic", 2),
             Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
                 ("mpi_check", ranks as usize)
@@ -230,6 +237,30 @@ impl<'a> Started<'a> {
         Ok(image)
     }
 
+    /// Puts fresh hardware under the job.
+    ///
+    /// # Errors
+    /// When that fails, or the hardware has a number that it had before.
+    pub fn cycle(&self) -> Result<()> {
+        let before = Numbers::on(&self.job.setup.device)?;
+        let mut command = self.job.setup.reverbs()?;
+        command.arg("cycle").arg(self.root.to_string());
+        let deadline = self.job.deadline.at_most(COMMAND_LIMIT);
+        process::run(command, &self.job.folder, "cycle", deadline)?;
+        Numbers::on(&self.job.setup.device)?.check_all_new(&before)
+    }
+
+    /// Brings back a job that its orchestrator has left.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn resume(&self) -> Result<()> {
+        let mut command = self.job.setup.reverbs()?;
+        command.arg("resume").arg(self.root.to_string());
+        let deadline = self.job.deadline.at_most(COMMAND_LIMIT);
+        process::run(command, &self.job.folder, "resume", deadline).map(drop)
+    }
+
     /// Lets the job end, and checks its account.
     ///
     /// # Errors
@@ -249,13 +280,23 @@ impl<'a> Started<'a> {
         self.account()
     }
 
+    /// The same for a job that was restored and has no parent but us.
+    ///
+    /// # Errors
+    /// When it does not end, or found anything wrong.
+    pub fn finish_adopted(&self) -> Result<String> {
+        self.tell_to_finish()?;
+        self.wait_until_gone(&self.pids())?;
+        self.account()
+    }
+
     /// Lets the job end of itself.
     ///
     /// # Errors
     /// When the file cannot be made.
     pub fn tell_to_finish(&self) -> Result<()> {
         match self.kind {
-            Kind::Traffic | Kind::Beside { .. } => {
+            Kind::Traffic | Kind::Beside { .. } | Kind::Survivor { .. } => {
                 process::signal_each(&[self.root], Signal::TERM);
             }
             Kind::Mpi { .. } | Kind::Starting { .. } | Kind::Finalizing { .. } => {
@@ -298,7 +339,7 @@ impl<'a> Started<'a> {
     pub fn account(&self) -> Result<String> {
         let output = self.runner.output()?;
         match self.kind {
-            Kind::Traffic | Kind::Beside { .. } => {
+            Kind::Traffic | Kind::Beside { .. } | Kind::Survivor { .. } => {
                 own_programs::check_account(&output).map(|count| format!("{count} messages"))
             }
             Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
@@ -314,16 +355,25 @@ impl<'a> Started<'a> {
     pub fn kill(&mut self) -> Result<()> {
         let pids = self.pids();
         process::signal_each(&pids, Signal::KILL);
+        self.wait_until_gone(&pids)
+    }
+
+    /// Waits until none of these processes is there any more.
+    ///
+    /// # Errors
+    /// When one stays.
+    pub fn wait_until_gone(&self, pids: &[u32]) -> Result<()> {
         let deadline = self.job.deadline.at_most(END_LIMIT);
-        while pids.iter().any(|pid| exists(*pid)) {
-            ensure!(!deadline.passed(), "killed processes do not end");
-            reap(&pids);
+        while let Some(pid) = pids.iter().find(|pid| exists(**pid)) {
+            ensure!(!deadline.passed(), "process {pid} does not end");
+            reap(pids);
             std::thread::sleep(PAUSE);
         }
         Ok(())
     }
 
-    fn pids(&self) -> Vec<u32> {
+    /// All processes of the job.
+    pub fn pids(&self) -> Vec<u32> {
         std::iter::once(self.root)
             .chain(tree::descendants(self.root))
             .collect()

@@ -4,18 +4,22 @@
 //! the C programs of `tests/programs/`, either on the bare device or through the provider, and
 //! checks what they did. LEDGER.md says which promise each case proves.
 
+pub mod abandoned;
 pub mod case;
 pub mod checkpoints;
 pub mod command_line;
 pub mod costs;
 pub mod cycles;
+pub mod dead;
 pub mod evidence;
 pub mod facts;
 pub mod failures;
 pub mod faults;
 pub mod hardware;
+pub mod interposer;
 pub mod jobs;
 pub mod killed;
+pub mod killed_restart;
 pub mod moments;
 pub mod mpi;
 pub mod outside;
@@ -23,6 +27,11 @@ pub mod own_programs;
 pub mod process;
 pub mod programs;
 pub mod report;
+pub mod rivals;
 pub mod setup;
+pub mod stale;
+pub mod stand_in;
 pub mod stock;
+pub mod stopped;
+pub mod strangers;
 pub mod tree;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
@@ -210,6 +210,34 @@ pub fn run(command: Command, folder: &Path, name: &str, deadline: Deadline) -> R
     Ok(running.output()?)
 }
 
+/// Runs a command that must fail with status 1, and gives the one line in which it says why.
+///
+/// # Errors
+/// When it succeeds, says more or less than that, or takes longer than the deadline allows.
+pub fn fail(command: Command, folder: &Path, name: &str, deadline: Deadline) -> Result<String> {
+    let mut running = Running::start(command, folder, name)?;
+    let status = running.wait(deadline)?;
+    let errors = running.errors()?;
+    ensure!(status.code() == Some(1), "{name}: {status}: {errors}");
+    ensure!(running.output()?.is_empty(), "{name} failed and has output");
+    Ok(the_line(&errors)?.to_owned())
+}
+
+/// The only line of an error output.
+///
+/// # Errors
+/// When there is none or more, or it does not say who it is.
+pub fn the_line(errors: &str) -> Result<&str> {
+    let mut lines = errors.lines();
+    let line = lines.next().context("it failed without a word")?;
+    ensure!(lines.next().is_none(), "more than one line: {errors}");
+    ensure!(
+        line.starts_with("reverbs: "),
+        "it does not say who it is: {line}"
+    );
+    Ok(line)
+}
+
 /// Sends a signal to each process; one that has ended is passed over.
 pub fn signal_each(pids: &[u32], signal: Signal) {
     for pid in pids {
@@ -242,4 +270,17 @@ pub fn describe_threads(pids: &[u32]) -> String {
 
 fn as_pid(pid: u32) -> Pid {
     Pid::from_raw(pid.cast_signed()).expect("the kernel gives no process the number 0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_that_says_who_it_is() {
+        the_line("reverbs: no space\n").unwrap();
+        the_line("").unwrap_err();
+        the_line("reverbs: no space\nmore\n").unwrap_err();
+        the_line("no space\n").unwrap_err();
+    }
 }

@@ -41,6 +41,12 @@ const PROGRAMS: &[Program] = &[
         libraries: &["-libverbs"],
     },
     Program {
+        name: "survivor",
+        compiler: "gcc",
+        sources: &["survivor.c", "common.c"],
+        libraries: &["-libverbs"],
+    },
+    Program {
         name: "verbs_facts",
         compiler: "gcc",
         sources: &[
