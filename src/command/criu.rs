@@ -5,11 +5,14 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use super::job::ProcessTree;
+use super::tcp_lock;
 
 /// Names another command than `criu`; words are split at spaces.
 const OVERRIDE: &str = "REVERBS_CRIU";
@@ -110,9 +113,7 @@ impl Criu {
     fn start(&self) -> Command {
         let mut command = Command::new(&self.command[0]);
         command.args(&self.command[1..]);
-        // /usr/sbin is not on every user's path, and CRIU itself looks for iptables there.
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{path}:/usr/local/sbin:/usr/sbin:/sbin"));
+        command.env("PATH", system_path());
         command
     }
 
@@ -178,6 +179,11 @@ impl Criu {
         let status = waiting
             .join()
             .map_err(|_| anyhow!("waiting for CRIU panicked"))??;
+        if status.signal().is_some()
+            && let Ok(tree) = ProcessTree::of(dump.root)
+        {
+            tcp_lock::release(dump.root, &tree.pids());
+        }
         match outcome {
             Err(error) if reached => Err(error),
             _ if status.success() => Ok(()),
@@ -238,6 +244,12 @@ impl Criu {
                 .any(|passing| log.contains(passing)),
         })
     }
+}
+
+/// /usr/sbin is not on every user's path, and CRIU itself looks for iptables there.
+pub(crate) fn system_path() -> String {
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{path}:/usr/local/sbin:/usr/sbin:/sbin")
 }
 
 /// A copy that survives an exec, out of the way of what CRIU opens for itself.

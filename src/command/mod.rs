@@ -17,6 +17,7 @@ mod restart;
 mod resume;
 mod run;
 mod status;
+mod tcp_lock;
 
 use std::process::ExitCode;
 

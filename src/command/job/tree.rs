@@ -75,6 +75,13 @@ impl ProcessTree {
         self.members.iter().map(|member| member.pid).collect()
     }
 
+    /// A debugger or CRIU holds a process of the tree.
+    pub(crate) fn is_traced(&self) -> bool {
+        self.members
+            .iter()
+            .any(|member| tracer_of(member.pid).is_some())
+    }
+
     /// # Errors
     /// A process of the tree belongs to another user.
     pub(crate) fn require_user(&self) -> Result<()> {
@@ -149,6 +156,11 @@ pub(crate) fn agent_is_gone(pid: i32) -> bool {
     })
 }
 
+fn tracer_of(pid: i32) -> Option<i32> {
+    let tracer = Process::new(pid).ok()?.status().ok()?.tracerpid;
+    (tracer != 0).then_some(tracer)
+}
+
 /// By SIGSTOP or its like; not by a tracer.
 pub(crate) fn is_stopped(pid: i32) -> bool {
     state(pid) == Some('T')
@@ -156,13 +168,7 @@ pub(crate) fn is_stopped(pid: i32) -> bool {
 
 /// What may keep a process that lives from answering, and what to do about it.
 pub(crate) fn why_silent(pid: i32) -> String {
-    let process = Process::new(pid);
-    let tracer = process
-        .as_ref()
-        .ok()
-        .and_then(|process| Some(process.status().ok()?.tracerpid))
-        .filter(|tracer| *tracer != 0);
-    if let Some(tracer) = tracer {
+    if let Some(tracer) = tracer_of(pid) {
         let name = Process::new(tracer)
             .and_then(|tracer| tracer.stat())
             .map_or_else(|_| "?".to_owned(), |stat| stat.comm);
