@@ -11,6 +11,8 @@ use crate::{
     stock,
     abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_restart,
     moments, own_programs, rivals, stale, stock, stopped, strangers,
+    abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_criu,
+    killed_restart, moments, own_programs, rivals, stale, stock, stopped, strangers,
 };
 
 /// In which modes a case makes sense.
@@ -99,6 +101,8 @@ pub enum Action {
     Strangers,
     /// Files of earlier processes.
     Stale,
+    /// A CRIU that is killed.
+    KilledCriu(&'static killed_criu::KilledCriu),
     /// Restarts that are killed.
     KilledRestart,
     /// A checkpoint that cannot succeed, under a running job.
@@ -130,6 +134,7 @@ impl Case {
             Action::Rivals => rivals::run(job),
             Action::Strangers => strangers::run(job),
             Action::Stale => stale::run(job),
+            Action::KilledCriu(killed) => killed_criu::run(killed, job),
             Action::KilledRestart => killed_restart::run(job),
             Action::Failing(failing) => failures::run(failing, job),
         }
@@ -152,6 +157,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(rivals::cases());
     cases.extend(strangers::cases());
     cases.extend(stale::cases());
+    cases.extend(killed_criu::cases());
     cases.extend(killed_restart::cases());
     cases.extend(failures::cases());
     cases.extend(outside::cases());

@@ -19,6 +19,7 @@ pub mod hardware;
 pub mod interposer;
 pub mod jobs;
 pub mod killed;
+pub mod killed_criu;
 pub mod killed_restart;
 pub mod moments;
 pub mod mpi;
