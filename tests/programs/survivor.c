@@ -8,7 +8,7 @@
  * must end: one request in "retries exceeded" (or flushed at once), all that follow flushed. The parent then says
  * "lost PID", and all its other traffic goes on.
  *
- * SIGTERM ends the parent. The last line of its output is its account.
+ * SIGTERM ends the parent. The last line of its output is its account. SIGUSR1 makes it say where things stand.
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -35,6 +35,9 @@
 #define PAUSE_US 2000
 /* A peer that has nothing to say is still written to, so that its end is noticed. */
 #define KNOCK_EVERY 8
+/* Half a second each. Not 7 of them: Soft-RoCE takes that for "for ever". */
+#define RETRY_TIMEOUT 17
+#define RETRIES 4
 
 enum state { ALIVE, FAILING, LOST };
 
@@ -238,8 +241,8 @@ static void connect_end(struct end *end)
 		  IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
 			  IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER, "RTR");
 	set_state(end,
-		  (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .sq_psn = 1, .timeout = 14,
-					.retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 1 },
+		  (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .sq_psn = 1, .timeout = RETRY_TIMEOUT,
+					.retry_cnt = RETRIES, .rnr_retry = 7, .max_rd_atomic = 1 },
 		  IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
 			  IBV_QP_MAX_QP_RD_ATOMIC, "RTS");
 }
@@ -303,8 +306,22 @@ static void start_peers(int *sockets)
 
 static void on_signal(int signal)
 {
-	(void)signal;
-	asked_to_stop = 1;
+	if (signal == SIGUSR1)
+		asked_to_report = 1;
+	else
+		asked_to_stop = 1;
+}
+
+static void report(void)
+{
+	asked_to_report = 0;
+	for (uint32_t i = 0; i < end_count; i++)
+		fprintf(stderr,
+			"end %u to %d (0x%x), state %d: posted %" PRIu64 " retired %" PRIu64 " | sent %" PRIu64
+			" received %" PRIu64 " | receives %" PRIu64 " of %" PRIu64 "\n",
+			i, ends[i].pid, ends[i].qp->qp_num, ends[i].state, ends[i].posted, ends[i].retired,
+			ends[i].sent, ends[i].received, ends[i].receives_retired,
+			ends[i].receives_posted);
 }
 
 static void work_on(struct end *end, uint64_t answered)
@@ -348,6 +365,7 @@ int main(int count, char **arguments)
 	if (peers < 1 || peers > MAX_PEERS)
 		fail("1 to %d peers", MAX_PEERS);
 	sigaction(SIGTERM, &action, NULL);
+	sigaction(SIGUSR1, &action, NULL);
 	start_peers(sockets);
 	end_count = peers + 2;
 	open_and_make_queues(end_count * SLOTS);
@@ -366,6 +384,8 @@ int main(int count, char **arguments)
 	fflush(stdout);
 	while (!asked_to_stop) {
 		rounds++;
+		if (asked_to_report)
+			report();
 		for (uint32_t i = 0; i < peers; i++)
 			work_on(&ends[i], ends[i].received);
 		work_on(&loop[0], loop[1].received);

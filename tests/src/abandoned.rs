@@ -27,7 +27,12 @@ const ABANDONED: &[Abandoned] = &[
     Abandoned {
         name: "killed-inside",
         kind: Kind::Traffic,
-        deaths: &[Death::SomeAsked, Death::Unheard, Death::HalfSaid],
+        deaths: &[Death::SomeAsked],
+    },
+    Abandoned {
+        name: "killed-inside-more",
+        kind: Kind::Traffic,
+        deaths: &[Death::Unheard, Death::HalfSaid],
     },
     Abandoned {
         name: "killed-inside-mpi",

@@ -20,6 +20,9 @@ const LIMIT: Duration = Duration::from_secs(900);
 /// How long a cycle may take in which a process dies. None of the limits of the protocol may have to run out for it.
 const CYCLE_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long the survivor may take to end what it had for the dead.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
 /// A moment of a cycle.
 #[derive(Clone, Copy, Debug)]
 struct When(&'static str, Moment);
@@ -138,7 +141,7 @@ fn kill_in_cycle(
         said.contains(&format!("process {victim} ended")) == named,
         "the cycle said: {said}"
     );
-    started.wait_for_line(&format!("lost {victim}"))?;
+    started.wait_for_line_or_report(&format!("lost {victim}"), END_LIMIT)?;
     Numbers::on(&job.setup.device)?.check_all_new(&before)?;
     started.wait_for_traffic()?;
     Ok(took)

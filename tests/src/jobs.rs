@@ -151,6 +151,19 @@ impl<'a> Started<'a> {
         self.runner.wait_for_line(self.job.deadline, line).map(drop)
     }
 
+    /// The same within `limit`; a job that does not is made to say where it stands.
+    ///
+    /// # Errors
+    /// When it ends or time runs out first.
+    pub fn wait_for_line_or_report(&mut self, line: &str, limit: Duration) -> Result<()> {
+        let deadline = self.job.deadline.at_most(limit);
+        let found = self.runner.wait_for_line(deadline, line);
+        if found.is_err() {
+            own_programs::ask_for_report(&mut self.runner, &self.job.folder);
+        }
+        found.map(drop)
+    }
+
     /// The processes that drive the device; for `rc_traffic` and `survivor` the parent stands for all.
     fn workers(&self) -> Result<Vec<u32>> {
         let (name, count) = match self.kind {

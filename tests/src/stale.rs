@@ -23,6 +23,9 @@ const NOBODY: i32 = i32::MAX;
 /// No limit of the protocol may have to run out for `reverbs status`.
 const PROMPT: Duration = Duration::from_secs(8);
 
+/// Between two looks at the ranks.
+const PAUSE: Duration = Duration::from_millis(20);
+
 const RANKS: u32 = 2;
 
 /// The case of this module.
@@ -44,19 +47,20 @@ pub fn run(job: &Job<'_>) -> Result<String> {
     let mut started = Started::launch(job, Kind::Starting { ranks: RANKS })?;
     started.wait_for_device()?;
     let root = started.root.cast_signed();
-    let ranks = mpi::processes_called(started.root, "mpi_check");
-    let late: Vec<i32> = ranks
-        .iter()
-        .map(|rank| rank.cast_signed())
-        .filter(|rank| !agent_socket(&folder, *rank).exists())
-        .collect();
-    ensure!(
-        late.len() == 1,
-        "ranks {ranks:?}, without an agent {late:?}"
-    );
+    let deadline = job.deadline.at_most(COMMAND_LIMIT);
+    let (ranks, late) = loop {
+        let ranks = mpi::processes_called(started.root, "mpi_check");
+        let has_agent = |rank: &u32| agent_socket(&folder, rank.cast_signed()).exists();
+        let (early, late): (Vec<u32>, Vec<u32>) = ranks.iter().partition(|rank| has_agent(rank));
+        if let ([_], [late]) = (&early[..], &late[..]) {
+            break (ranks, late.cast_signed());
+        }
+        ensure!(!deadline.passed(), "ranks {ranks:?}, with agents {early:?}");
+        std::thread::sleep(PAUSE);
+    };
 
     // Of a process that is not there, of one that has no agent, of one that will have one.
-    for pid in [NOBODY, root, late[0]] {
+    for pid in [NOBODY, root, late] {
         drop(UnixListener::bind(agent_socket(&folder, pid))?);
     }
     let numbers = folder.join(format!("job-{root}.numbers"));
@@ -81,7 +85,7 @@ pub fn run(job: &Job<'_>) -> Result<String> {
     listed_are(&ranks, job)?;
     started.wait_for_traffic()?;
 
-    without_its_socket(&agent_socket(&folder, late[0]), &started, job)?;
+    without_its_socket(&agent_socket(&folder, late), &started, job)?;
     started.cycle()?;
     started.wait_for_traffic()?;
     started.tell_to_finish()?;
