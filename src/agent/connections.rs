@@ -176,3 +176,124 @@ fn is_same_user(connection: &UnixStream) -> bool {
     rustix::net::sockopt::socket_peercred(connection)
         .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::control::message::{PROTOCOL_VERSION, Request, Session};
+
+    struct Agent {
+        folder: tempfile::TempDir,
+        connections: Connections,
+        state: State,
+    }
+
+    impl Agent {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            Self {
+                folder,
+                connections: Connections::new(listener),
+                state: State::default(),
+            }
+        }
+
+        fn connect(&mut self) -> UnixStream {
+            let client = UnixStream::connect(self.folder.path().join("socket")).unwrap();
+            client.set_nonblocking(true).unwrap();
+            self.turn();
+            client
+        }
+
+        fn turn(&mut self) {
+            let ready = vec![true; self.connections.files().len()];
+            self.connections.serve(&ready, &mut self.state);
+        }
+
+        fn answers(&mut self, client: &mut UnixStream) -> bool {
+            let version = PROTOCOL_VERSION;
+            socket::send(client, &Request::Hello { version }).unwrap();
+            self.turn();
+            matches!(socket::receive(client), Ok(Some(Reply::Hello { .. })))
+        }
+    }
+
+    fn begin() -> Request {
+        let id = "of a test".to_owned();
+        Request::Begin {
+            session: Session { id, pid: 1 },
+            takeover: false,
+        }
+    }
+
+    #[test]
+    fn half_a_message_keeps_nobody_waiting_and_is_completed_later() {
+        let mut agent = Agent::new();
+        let mut frame = Vec::new();
+        socket::send(&mut frame, &begin()).unwrap();
+        let (first, second) = frame.split_at(frame.len() / 2);
+        let mut slow = agent.connect();
+        slow.write_all(first).unwrap();
+        let mut other = agent.connect();
+        assert!(agent.answers(&mut other));
+        slow.write_all(second).unwrap();
+        agent.turn();
+        let reply: Option<Reply> = socket::receive(&mut slow).unwrap();
+        assert!(matches!(reply, Some(Reply::Done { .. })), "{reply:?}");
+    }
+
+    #[test]
+    fn a_request_of_one_who_has_gone_is_not_begun() {
+        let mut agent = Agent::new();
+        let mut dead = agent.connect();
+        socket::send(&mut dead, &begin()).unwrap();
+        drop(dead);
+        agent.turn();
+        assert!(agent.connections.list.is_empty());
+        let mut other = agent.connect();
+        let version = PROTOCOL_VERSION;
+        socket::send(&mut other, &Request::Hello { version }).unwrap();
+        agent.turn();
+        let reply: Option<Reply> = socket::receive(&mut other).unwrap();
+        let Some(Reply::Hello { session, .. }) = reply else {
+            panic!("{reply:?}");
+        };
+        assert_eq!(session, None);
+    }
+
+    #[test]
+    fn of_too_many_the_silent_ones_go_first() {
+        let mut agent = Agent::new();
+        let mut first = agent.connect();
+        assert!(agent.answers(&mut first));
+        let crowd: Vec<_> = (0..3 * MOST).map(|_| agent.connect()).collect();
+        assert_eq!(agent.connections.list.len(), MOST);
+        assert!(agent.answers(&mut first));
+        drop(crowd);
+        agent.turn();
+        assert_eq!(agent.connections.list.len(), 1);
+    }
+
+    #[test]
+    fn silence_and_unfinished_messages_have_a_limit() {
+        let mut agent = Agent::new();
+        let silent = agent.connect();
+        assert!(agent.connections.next_limit().is_some());
+        let past = Instant::now().checked_sub(FRAME_LIMIT).unwrap();
+        agent.connections.list[0].must_arrive_by = Some(past);
+        agent.turn();
+        assert!(agent.connections.list.is_empty());
+        drop(silent);
+
+        let mut asked = agent.connect();
+        assert!(agent.answers(&mut asked));
+        assert_eq!(agent.connections.next_limit(), None);
+        asked.write_all(&[1]).unwrap();
+        agent.turn();
+        assert!(agent.connections.next_limit().is_some());
+    }
+}

@@ -7,12 +7,8 @@ use anyhow::Result;
 
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
-    checkpoints, costs, cycles, facts, failures, faults, killed, moments, outside, own_programs,
-    stock,
-    abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_restart,
-    moments, own_programs, rivals, stale, stock, stopped, strangers,
     abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_criu,
-    killed_restart, moments, own_programs, rivals, stale, stock, stopped, strangers,
+    killed_restart, moments, outside, own_programs, rivals, stale, stock, stopped, strangers,
 };
 
 /// In which modes a case makes sense.

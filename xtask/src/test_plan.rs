@@ -41,9 +41,31 @@ pub const RUNS: &[Run] = &[
     // Fresh hardware under a running job, a few times; checkpoints that fail or meet another.
     Run {
         name: "cycles",
-        cases: &["^cycle", "^killed", "^fail", "^two", "=outside"],
+        cases: &[
+            "^cycle",
+            "=killed-cycle",
+            "=killed-checkpoint",
+            "^fail",
+            "=two-checkpoints",
+            "=outside",
+        ],
         options: &["--cycles", "20"],
         timeout: 1200,
+        ..RUN
+    },
+    // Whoever takes part in a checkpoint dies, falls silent, or meets another.
+    Run {
+        name: "orchestration",
+        cases: &[
+            "=killed-inside",
+            "=killed-criu-mpi",
+            "=killed-restart",
+            "=dead-process",
+            "=two-orchestrators",
+            "=strangers",
+            "=stale-files",
+        ],
+        timeout: 900,
         ..RUN
     },
     // Saved and brought back.
