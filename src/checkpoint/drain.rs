@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rdma_core_sys::{IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD};
 
 use super::Phase;
-use crate::control::message::{DrainReport, PortAddress, ResponderState};
+use crate::control::message::{DrainReport, PortAddress, Progress, ResponderState};
 use crate::errno::Errno;
 use crate::log::SlotHead;
 use crate::translate::Address;
@@ -84,13 +84,15 @@ pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
     stopped.collect_until_silent(LIMIT);
     let mut states = Vec::new();
     each_pair(|context, pair| {
-        if pair.is_reliable() && pair.peer_name().is_some() {
-            let progress = pair
-                .progress()
-                .map_err(|error| fail("query", pair, error))?;
+        if !pair.is_reliable() {
+            return Ok(());
+        }
+        let progress = pair.progress();
+        if let Some(progress) = progress.map_err(|error| fail("query", pair, error))? {
             states.push(ResponderState {
-                address: address(context, pair.port())?,
+                address: address(context, pair.port().max(1))?,
                 qpn: pair.number(),
+                peer: pair.peer_name().map(|(_, qpn)| qpn),
                 progress,
             });
         }
@@ -114,8 +116,10 @@ pub(crate) fn settle(stopped: &Stopped, responders: &[ResponderState]) -> Phase<
         let responder = peer.and_then(|(address, qpn)| {
             let peer = responders
                 .iter()
-                .find(|state| state.qpn == qpn && is_at(&state.address, address));
-            peer.map(|state| state.progress)
+                .find(|state| state.qpn == qpn && is_at(&state.address, address))?;
+            // What it executed for somebody else tells nothing.
+            let ours = peer.peer == Some(pair.number()) || peer.progress == Progress::Nothing;
+            ours.then_some(peer.progress)
         });
         match pair.settle(&stopped.flushed, responder) {
             Fate::Known { again } => tracing::debug!(qpn = pair.number().0, again, "settled"),

@@ -164,6 +164,8 @@ pub struct DrainReport {
 pub struct ResponderState {
     pub address: PortAddress,
     pub qpn: VirtualQpn,
+    /// Whom it is connected to.
+    pub peer: Option<VirtualQpn>,
     pub progress: Progress,
 }
 
@@ -171,11 +173,13 @@ pub struct ResponderState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Progress {
+    /// Since it was made it has never been ready to receive, so it has executed nothing.
+    Nothing,
     /// The next PSN it expects (`rq_psn` of `ibv_query_qp`), from a device that was seen to keep this up to date.
     Expects(Psn),
     /// How many messages of this connection have used up a receive, modulo 2^32.
     Received(u32),
-    /// Neither: the receives are those of a shared queue.
+    /// Nothing of all this: the receives are those of a shared queue.
     Unknown,
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use rdma_core_sys::{
-    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
+    IBV_MTU_256, IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
     IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
     IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT,
     IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RTR, IBV_QPS_RTS, IBV_SEND_SIGNALED, IBV_WC_SUCCESS,
@@ -67,7 +67,7 @@ fn expected_after_one_message(context: &Context, like: &ibv_qp_attr) -> Verb<Psn
     attr.pkey_index = like.pkey_index;
     attr.port_num = like.ah_attr.port_num;
     attr.ah_attr = to_itself(context, &like.ah_attr)?;
-    attr.path_mtu = like.path_mtu;
+    attr.path_mtu = IBV_MTU_256;
     attr.dest_qp_num = own.number().0;
     (attr.rq_psn, attr.sq_psn) = (FIRST.0, FIRST.0);
     (attr.max_dest_rd_atomic, attr.max_rd_atomic) = (1, 1);

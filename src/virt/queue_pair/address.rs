@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use rdma_core_sys::{IBV_QP_AV, IBV_QP_DEST_QPN, ibv_ah_attr, ibv_qp_attr};
+use rdma_core_sys::{
+    IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, ibv_ah_attr,
+    ibv_qp_attr,
+};
 
 use super::QueuePair;
-use super::attributes::Attributes;
+use super::attributes::{Attributes, mtu_bits, path_mtu};
 use crate::errno::{Errno, Verb};
 use crate::handle::{VirtualGid, VirtualLid, VirtualQpn};
 use crate::translate::{Address, Directory};
@@ -51,12 +54,16 @@ fn is_multicast(gid: &VirtualGid) -> bool {
 
 impl QueuePair {
     /// The application's attributes as the hardware must get them.
+    ///
+    /// A queue pair that was rebuilt before it was connected is known to its peers by the PSN and the MTU that it was given
+    /// then. It keeps to them, and it expects the same of a peer that was rebuilt.
     pub(super) fn translate_attributes(&self, attr: &ibv_qp_attr, mask: u32) -> Verb<ibv_qp_attr> {
         let mut translated = *attr;
         let Some(directory) = process().directory() else {
             return Ok(translated);
         };
-        let known = lock(&self.attributes).all().0;
+        let attributes = *lock(&self.attributes);
+        let known = attributes.all().0;
         let vector = if mask & IBV_QP_AV != 0 {
             &attr.ah_attr
         } else {
@@ -70,6 +77,20 @@ impl QueuePair {
             // A number that is in no table is younger than the restart and means itself.
             let peer = directory.peer(address_of(vector), VirtualQpn(attr.dest_qp_num));
             translated.dest_qp_num = peer.map_or(attr.dest_qp_num, |peer| peer.qpn.0);
+            if let Some(peer) = peer {
+                if mask & IBV_QP_RQ_PSN != 0 {
+                    translated.rq_psn = peer.first_psn.0;
+                }
+                if mask & IBV_QP_PATH_MTU != 0 {
+                    let most = self.context.largest_mtu(known.port_num).min(peer.mtu);
+                    translated.path_mtu = path_mtu(mtu_bits(attr.path_mtu).min(most));
+                }
+            }
+        }
+        if mask & IBV_QP_SQ_PSN != 0
+            && let Some(first) = attributes.fresh_psn
+        {
+            translated.sq_psn = first.0;
         }
         Ok(translated)
     }

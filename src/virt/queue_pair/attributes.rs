@@ -21,8 +21,13 @@ pub(super) struct Attributes {
     pub(super) released_state: ibv_qp_state,
     /// What a query answers, which may be more than create granted (rxe rounds up): as the first hardware answered.
     pub(super) shown_capacity: Option<ibv_qp_cap>,
-    /// The PSN the rebuilt queue pair starts with.
-    pub(super) fresh_psn: Psn,
+    /// The PSN that the rebuilt queue pair starts with, as its peers are told; `None` before the first restart. Stays when the
+    /// queue pair is reset: whoever connects to it again has the same table.
+    pub(super) fresh_psn: Option<Psn>,
+    /// The path MTU below, which may be less than what the application has set.
+    pub(super) mtu_below: u32,
+    /// Has this hardware been ready to receive? If not, it has executed nothing.
+    pub(super) was_ready: bool,
 }
 
 impl std::fmt::Debug for Attributes {
@@ -44,7 +49,9 @@ impl Default for Attributes {
             state: IBV_QPS_RESET,
             released_state: IBV_QPS_RESET,
             shown_capacity: None,
-            fresh_psn: Psn(0),
+            fresh_psn: None,
+            mtu_below: 0,
+            was_ready: false,
         }
     }
 }
@@ -87,6 +94,8 @@ impl Attributes {
     pub(super) fn forget(&mut self) {
         *self = Self {
             shown_capacity: self.shown_capacity,
+            fresh_psn: self.fresh_psn,
+            was_ready: self.was_ready,
             ..Self::default()
         };
     }
@@ -134,12 +143,18 @@ impl Attributes {
         })
     }
 
-    pub(super) fn first_psn(&self) -> Psn {
-        Psn(0).advance(self.attr.sq_psn)
+    /// The path MTU that the application has set, as log2 of bytes; `None` before it is connected.
+    pub(super) fn mtu(&self) -> Option<u8> {
+        (self.mask & IBV_QP_PATH_MTU != 0).then(|| mtu_bits(self.attr.path_mtu))
     }
+}
 
-    /// Bytes of the path MTU (`enum ibv_mtu`: 1 is 256).
-    pub(super) fn mtu_bytes(&self) -> u32 {
-        128 << self.attr.path_mtu.clamp(1, 5)
-    }
+/// log2 of the bytes of an `enum ibv_mtu`, which counts from 256 bytes, log2 8, as 1.
+pub(super) fn mtu_bits(mtu: u32) -> u8 {
+    mtu.clamp(1, 5) as u8 + 7
+}
+
+/// The opposite of [`mtu_bits`].
+pub(super) fn path_mtu(bits: u8) -> u32 {
+    u32::from(bits.clamp(8, 12) - 7)
 }

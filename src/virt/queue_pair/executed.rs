@@ -53,6 +53,8 @@ pub(super) fn executed(
 ) -> Result<usize, String> {
     match responder {
         _ if requests.is_empty() => Ok(0),
+        Some(Progress::Nothing) if acknowledged == 0 => Ok(0),
+        Some(Progress::Nothing) => Err("the peer was never ready, but has answered".into()),
         Some(Progress::Expects(expected)) => by_psn(requests, acknowledged, expected),
         _ if acknowledged == requests.len() => Ok(acknowledged),
         Some(Progress::Received(received)) => by_count(requests, acknowledged, received),
@@ -200,5 +202,7 @@ mod tests {
         assert_eq!(executed(&requests, 2, None), Ok(2));
         assert!(executed(&requests, 1, None).is_err());
         assert!(executed(&requests, 0, Some(Progress::Unknown)).is_err());
+        assert_eq!(executed(&requests, 0, Some(Progress::Nothing)), Ok(0));
+        assert!(executed(&requests, 1, Some(Progress::Nothing)).is_err());
     }
 }

@@ -13,7 +13,7 @@ use rdma_core_sys::{
 
 use super::QueuePair;
 use super::address::translate_address;
-use super::attributes::Attributes;
+use super::attributes::{Attributes, path_mtu};
 use super::doorbell;
 use super::send_queue::PostSend;
 use crate::control::message::{HardwareAddress, HardwarePeer, Progress, QueuePairNumbers};
@@ -101,17 +101,23 @@ impl QueuePair {
         self.query_hardware(IBV_QP_STATE).map(|attr| attr.qp_state)
     }
 
-    /// How far the responder came.
-    pub(crate) fn progress(&self) -> Verb<Progress> {
-        let attributes = lock(&self.attributes).all().0;
-        if self.context.responder_psn_is_live(&attributes) {
-            let attr = self.query_hardware(IBV_QP_RQ_PSN)?;
-            return Ok(Progress::Expects(Psn(0).advance(attr.rq_psn)));
+    /// How far the responder came; `None` if that cannot be told any more, as the application has reset it.
+    pub(crate) fn progress(&self) -> Verb<Option<Progress>> {
+        let attributes = *lock(&self.attributes);
+        if !attributes.was_ready {
+            return Ok(Some(Progress::Nothing));
         }
-        Ok(match self.shared.is_null() {
+        if attributes.peer().is_none() {
+            return Ok(None);
+        }
+        if self.context.responder_psn_is_live(&attributes.all().0) {
+            let attr = self.query_hardware(IBV_QP_RQ_PSN)?;
+            return Ok(Some(Progress::Expects(Psn(0).advance(attr.rq_psn))));
+        }
+        Ok(Some(match self.shared.is_null() {
             true => Progress::Received(self.receive.completed()),
             false => Progress::Unknown,
-        })
+        }))
     }
 
     /// A connection is being made: where the device cannot tell how far a responder came, messages are counted.
@@ -225,20 +231,21 @@ impl QueuePair {
                 libc::GRND_NONBLOCK,
             )
         };
-        lock(&self.attributes).fresh_psn = Psn(0).advance(u32::from_ne_bytes(random));
+        let mut attributes = lock(&self.attributes);
+        attributes.fresh_psn = Some(Psn(0).advance(u32::from_ne_bytes(random)));
+        attributes.was_ready = false;
         Ok(())
     }
 
     /// What peers must know of the fresh one. `mtu` is log2 of the most the port can do, in bytes.
     pub(crate) fn numbers(&self, mtu: u8) -> Option<QueuePairNumbers> {
         let attributes = lock(&self.attributes);
-        let own = attributes.mtu_bytes().trailing_zeros() as u8;
         Some(QueuePairNumbers {
             port: attributes.port().max(1),
             virtual_qpn: self.number,
             hardware_qpn: self.hardware_number()?,
-            first_psn: attributes.fresh_psn,
-            mtu: own.min(mtu),
+            first_psn: attributes.fresh_psn?,
+            mtu: attributes.mtu().map_or(mtu, |own| own.min(mtu)),
         })
     }
 
@@ -249,6 +256,7 @@ impl QueuePair {
     pub(crate) fn connect(&self, directory: &Directory, mtu: u8) -> Verb<Connected> {
         let attributes = *lock(&self.attributes);
         let target = attributes.released_state;
+        let first_psn = attributes.fresh_psn.ok_or(Errno::INVALID)?;
         self.send.translate();
         self.receive.translate();
         if target == IBV_QPS_RESET {
@@ -286,17 +294,19 @@ impl QueuePair {
                 },
                 IBV_QP_STATE,
             )?;
-            self.modify_hardware(
-                ibv_qp_attr {
-                    qp_state: IBV_QPS_RTS,
-                    sq_psn: attributes.fresh_psn.0,
-                    ..known
-                },
-                IBV_QP_STATE | IBV_QP_SQ_PSN,
-            )?;
+            if target != IBV_QPS_RTR {
+                self.modify_hardware(
+                    ibv_qp_attr {
+                        qp_state: IBV_QPS_RTS,
+                        sq_psn: first_psn.0,
+                        ..known
+                    },
+                    IBV_QP_STATE | IBV_QP_SQ_PSN,
+                )?;
+            }
             Connected::AsBefore
         } else {
-            self.connect_to_peer(&attributes, directory, mtu)?
+            self.connect_to_peer(&attributes, first_psn, directory, mtu)?
         };
         if target == IBV_QPS_SQD {
             self.modify_hardware(
@@ -313,6 +323,7 @@ impl QueuePair {
     fn connect_to_peer(
         &self,
         attributes: &Attributes,
+        first_psn: Psn,
         directory: &Directory,
         mtu: u8,
     ) -> Verb<Connected> {
@@ -325,13 +336,12 @@ impl QueuePair {
             qp_state: IBV_QPS_RTR,
             ..known
         };
-        let own = attributes.mtu_bytes().trailing_zeros() as u8;
+        let own = attributes.mtu().unwrap_or(mtu).min(mtu);
         let outcome = if let Some((peer, vector)) = found {
             ready.ah_attr = vector;
             ready.dest_qp_num = peer.qpn.0;
             ready.rq_psn = peer.first_psn.0;
-            // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
-            ready.path_mtu = u32::from(own.min(mtu).min(peer.mtu).clamp(8, 12) - 7);
+            ready.path_mtu = path_mtu(own.min(peer.mtu));
             self.send
                 .set_peer_keys(Some(std::sync::Arc::clone(&peer.keys)));
             Connected::AsBefore
@@ -339,7 +349,7 @@ impl QueuePair {
             let (vector, number) = self.context.dead_end(&known.ah_attr)?;
             ready.ah_attr = vector;
             ready.dest_qp_num = number.0;
-            ready.path_mtu = u32::from(own.min(mtu).clamp(8, 12) - 7);
+            ready.path_mtu = path_mtu(own);
             self.send.set_peer_keys(None);
             Connected::Parked
         };
@@ -355,6 +365,9 @@ impl QueuePair {
                 mask
             } | set & IBV_QP_ACCESS_FLAGS,
         )?;
+        let mut noted = lock(&self.attributes);
+        (noted.was_ready, noted.mtu_below) = (true, ready.path_mtu);
+        drop(noted);
         if attributes.released_state == IBV_QPS_RTR {
             return Ok(outcome);
         }
@@ -364,7 +377,7 @@ impl QueuePair {
         self.modify_hardware(
             ibv_qp_attr {
                 qp_state: IBV_QPS_RTS,
-                sq_psn: attributes.fresh_psn.0,
+                sq_psn: first_psn.0,
                 ..known
             },
             if self.is_reliable() {
@@ -373,7 +386,7 @@ impl QueuePair {
                 mask
             },
         )?;
-        self.send.start(attributes.fresh_psn, 128 << ready.path_mtu);
+        self.send.start(first_psn, 128 << ready.path_mtu);
         Ok(outcome)
     }
 

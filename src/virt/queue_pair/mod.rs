@@ -21,8 +21,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use rdma_core_sys::{
-    IBV_QP_CAP, IBV_QP_STATE, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPT_RC,
-    IBV_QPT_UC, IBV_QPT_UD, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_type,
+    IBV_QP_CAP, IBV_QP_PATH_MTU, IBV_QP_STATE, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR,
+    IBV_QPS_RTS, IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap,
+    ibv_qp_init_attr, ibv_qp_type,
 };
 
 use self::attributes::Attributes;
@@ -38,7 +39,7 @@ use super::protection_domain::ProtectionDomain;
 use super::receive_queue::ReceiveQueue;
 use super::shared_receive_queue::SharedReceiveQueue;
 use crate::errno::{Errno, Verb};
-use crate::handle::{HardwareQpn, VirtualQpn};
+use crate::handle::{HardwareQpn, Psn, VirtualQpn};
 
 /// A queue pair; the application's object is its first field.
 #[derive(Debug)]
@@ -274,7 +275,7 @@ pub unsafe fn modify(app: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: i32) -> Ver
             &raw mut translated,
             mask,
         ))?;
-        pair.modified(wanted, mask as u32);
+        pair.modified(wanted, &translated, mask as u32);
     }
     Ok(())
 }
@@ -351,10 +352,13 @@ impl QueuePair {
         self.attach_send_queue()
     }
 
-    /// The application's change took place: keep it for the next rebuild.
-    fn modified(&self, attr: &ibv_qp_attr, mask: u32) {
+    /// The application's change took place: keep it for the next rebuild. `below` is what the hardware was told.
+    fn modified(&self, attr: &ibv_qp_attr, below: &ibv_qp_attr, mask: u32) {
         let mut attributes = lock(&self.attributes);
         attributes.merge(attr, mask);
+        if mask & IBV_QP_PATH_MTU != 0 {
+            attributes.mtu_below = below.path_mtu;
+        }
         if mask & IBV_QP_STATE == 0 {
             return;
         }
@@ -365,10 +369,11 @@ impl QueuePair {
                 attributes.forget();
             }
             IBV_QPS_RTS if mask & rdma_core_sys::IBV_QP_SQ_PSN != 0 => {
-                self.send
-                    .start(attributes.first_psn(), attributes.mtu_bytes());
+                let mtu = 1 << attributes::mtu_bits(attributes.mtu_below);
+                self.send.start(Psn(0).advance(below.sq_psn), mtu);
             }
             IBV_QPS_RTR => {
+                attributes.was_ready = true;
                 self.learn_peer(&attributes);
                 self.choose_counting(&attributes);
             }
