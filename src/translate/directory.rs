@@ -142,6 +142,12 @@ impl Directory {
             .unwrap_or(VirtualQpn(qpn.0))
     }
 
+    /// Was this the hardware's number of a queue pair of the job at the restart?
+    #[must_use]
+    pub fn has_hardware_at(&self, address: Address, qpn: HardwareQpn) -> bool {
+        self.qpns_back.contains_key(&(address, qpn))
+    }
+
     /// Remote keys of all processes on the device at an address: what a queue pair that is younger than the restart may be
     /// given for memory that is older. One device hands out a key once, and none of these is handed out again
     /// before the next restart.

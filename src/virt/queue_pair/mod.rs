@@ -136,15 +136,15 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut 
     Ok(pair.app())
 }
 
-/// Is a fresh number one by which a queue pair of this device is known in the job? It must not be handed out again before
-/// the next restart, as peers keep their tables until then.
+/// Is a fresh number one by which a queue pair of this device is known in the job, to the applications or to the hardware? It must
+/// not be handed out again before the next restart, as peers keep their tables until then, also of queue pairs that are gone.
 fn collides(context: &Context, number: HardwareQpn) -> bool {
     process().directory().is_some_and(|directory| {
         let ports = lock(&context.ports);
-        ports
-            .iter()
-            .flat_map(PortMap::addresses)
-            .any(|address| directory.peer(address, VirtualQpn(number.0)).is_some())
+        ports.iter().flat_map(PortMap::addresses).any(|address| {
+            directory.peer(address, VirtualQpn(number.0)).is_some()
+                || directory.has_hardware_at(address, number)
+        })
     })
 }
 
