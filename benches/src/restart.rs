@@ -10,7 +10,7 @@ use kmod_compat::ports::{
     DeviceFacts, Gid, GidEntry, GidType, LinkLayer, PhysicalState, PortFacts, PortState,
 };
 use kmod_compat::sysfs::Sysfs;
-use reverbs::control::message::{PROTOCOL_VERSION, Reply, Request, Session};
+use reverbs::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, Session};
 use reverbs::control::socket;
 use tempfile::TempDir;
 
@@ -96,31 +96,59 @@ impl Agent {
     /// It does not listen, or is at work for somebody else.
     #[must_use]
     pub fn begin(runtime_dir: &Path) -> Self {
+        let (mut agent, _) = Self::connect(runtime_dir);
+        agent.ask(Self::claim("this process", false));
+        agent
+    }
+
+    /// Connects; says where the process stands.
+    ///
+    /// # Panics
+    /// It does not listen.
+    #[must_use]
+    pub fn connect(runtime_dir: &Path) -> (Self, Phase) {
         let pid = std::process::id().cast_signed();
         let stream = UnixStream::connect(socket::agent_socket(runtime_dir, pid));
         let mut agent = Self(stream.expect("the agent"));
-        agent.ask(Request::Hello {
+        match agent.ask(Request::Hello {
             version: PROTOCOL_VERSION,
-        });
-        let session = Session {
-            id: "this process".into(),
-            pid,
-        };
-        agent.ask(Request::Begin {
-            session,
-            takeover: false,
-        });
-        agent
+        }) {
+            Reply::Hello { phase, .. } => (agent, phase),
+            other => panic!("hello is answered by {other:?}"),
+        }
+    }
+
+    /// A claim on the process by the session called `id`.
+    #[must_use]
+    pub fn claim(id: &str, takeover: bool) -> Request {
+        Request::Begin {
+            session: Session {
+                id: id.into(),
+                pid: std::process::id().cast_signed(),
+            },
+            takeover,
+        }
     }
 
     /// # Panics
     /// It refuses.
     pub fn ask(&mut self, request: Request) -> Reply {
+        let name = request.name();
+        self.try_ask(request)
+            .unwrap_or_else(|(_, reason)| panic!("{name}: {reason}"))
+    }
+
+    /// # Errors
+    /// It refuses: where the process stands, and why.
+    ///
+    /// # Panics
+    /// It hangs up.
+    pub fn try_ask(&mut self, request: Request) -> Result<Reply, (Phase, String)> {
         socket::send(&mut self.0, &request).expect("the agent takes requests");
         match socket::receive(&mut self.0).expect("the agent answers") {
             None => panic!("the agent hung up at {request:?}"),
-            Some(Reply::Refused { reason, .. }) => panic!("{request:?}: {reason}"),
-            Some(reply) => reply,
+            Some(Reply::Refused { phase, reason }) => Err((phase, reason)),
+            Some(reply) => Ok(reply),
         }
     }
 }

@@ -179,7 +179,7 @@ pub enum Progress {
     Expects(Psn),
     /// How many messages of this connection have used up a receive, modulo 2^32.
     Received(u32),
-    /// Nothing of all this: the receives are those of a shared queue.
+    /// Nothing of all this: the receives are those of a shared queue, or were flushed.
     Unknown,
 }
 

@@ -59,7 +59,7 @@ pub(super) fn executed(
         _ if acknowledged == requests.len() => Ok(acknowledged),
         Some(Progress::Received(received)) => by_count(requests, acknowledged, received),
         Some(Progress::Unknown) => Err(
-            "the peer's device does not tell how far its responder came, and a shared receive queue does not count"
+            "the peer's device does not tell how far its responder came, and its receives are shared or were flushed"
                 .into(),
         ),
         None => Err("the peer did not say how far it came".into()),

@@ -114,7 +114,9 @@ impl QueuePair {
             let attr = self.query_hardware(IBV_QP_RQ_PSN)?;
             return Ok(Some(Progress::Expects(Psn(0).advance(attr.rq_psn))));
         }
-        Ok(Some(match self.shared.is_null() {
+        // In the error state receives complete without a message.
+        let failed = attributes.released_state == IBV_QPS_ERR;
+        Ok(Some(match self.shared.is_null() && !failed {
             true => Progress::Received(self.receive.completed()),
             false => Progress::Unknown,
         }))

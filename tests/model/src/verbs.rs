@@ -6,14 +6,16 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::OnceLock;
 
 use rdma_core_sys::{
-    IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, ibv_comp_channel,
-    ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
-    ibv_recv_wr, ibv_send_wr, ibv_wc,
+    IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_QKEY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
+    IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, ibv_ah, ibv_ah_attr,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc,
 };
 use reverbs::device::Verbs;
 use reverbs_benches::null_device;
 
-use crate::fabric::{Pair, Region, fabric};
+use crate::events;
+use crate::fabric::{Completions, KEYS, NUMBERS, Pair, Region, fabric};
 
 /// The device's verbs.
 ///
@@ -37,6 +39,15 @@ fn resolve(name: &CStr) -> *mut c_void {
         b"ibv_dereg_mr" => dereg_mr as *const c_void,
         b"ibv_create_cq" => create_cq as *const c_void,
         b"ibv_destroy_cq" => destroy_cq as *const c_void,
+        b"ibv_create_comp_channel" => events::create_comp_channel as *const c_void,
+        b"ibv_destroy_comp_channel" => events::destroy_comp_channel as *const c_void,
+        b"ibv_get_cq_event" => events::get_cq_event as *const c_void,
+        b"ibv_ack_cq_events" => events::ack_cq_events as *const c_void,
+        b"ibv_create_srq" => create_srq as *const c_void,
+        b"ibv_query_srq" => query_srq as *const c_void,
+        b"ibv_destroy_srq" => destroy_srq as *const c_void,
+        b"ibv_create_ah" => create_ah as *const c_void,
+        b"ibv_destroy_ah" => destroy_ah as *const c_void,
         b"ibv_create_qp" => create_qp as *const c_void,
         b"ibv_query_qp" => query_qp as *const c_void,
         b"ibv_modify_qp" => modify_qp as *const c_void,
@@ -47,7 +58,7 @@ fn resolve(name: &CStr) -> *mut c_void {
 }
 
 /// All zeroes is what calloc gives a C provider for its objects.
-fn zeroed<T>() -> T {
+pub(crate) fn zeroed<T>() -> T {
     // SAFETY: only used for C structures of numbers, pointers and optional functions.
     unsafe { std::mem::zeroed() }
 }
@@ -59,6 +70,8 @@ extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
     ops.poll_cq = Some(poll_cq);
     ops.post_send = Some(post_send);
     ops.post_recv = Some(post_recv);
+    ops.post_srq_recv = Some(post_srq_recv);
+    ops.req_notify_cq = Some(req_notify_cq);
     context
 }
 
@@ -70,7 +83,7 @@ extern "C" fn reg_mr(
     _: u32,
 ) -> *mut ibv_mr {
     let mut fabric = fabric();
-    let key = fabric.number(|fabric, key| fabric.regions.contains_key(&key));
+    let key = fabric.number(KEYS, |fabric, key| fabric.regions.contains_key(&key));
     let region = Region {
         address: iova,
         length: length as u64,
@@ -109,16 +122,36 @@ extern "C" fn create_cq(
         cqe,
         ..zeroed()
     }));
-    fabric()
-        .completions
-        .insert(queue.addr(), Default::default());
+    // SAFETY: null or made by `create_comp_channel`.
+    let events = unsafe { events::attach(channel, queue) };
+    let completions = Completions {
+        events,
+        ..Completions::default()
+    };
+    fabric().completions.insert(queue.addr(), completions);
     queue
 }
 
 extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
-    fabric().completions.remove(&cq.addr());
+    let mut fabric = fabric();
+    let used = |pair: &Pair| [pair.send_completions, pair.receive_completions].contains(&cq.addr());
+    if fabric.pairs.values().any(used) {
+        return libc::EBUSY;
+    }
+    fabric.completions.remove(&cq.addr());
     // SAFETY: made by `create_cq`.
-    drop(unsafe { Box::from_raw(cq) });
+    unsafe {
+        events::detach((*cq).channel, cq);
+        drop(Box::from_raw(cq));
+    }
+    0
+}
+
+unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, _: c_int) -> c_int {
+    match fabric().completions.get_mut(&cq.addr()) {
+        Some(queue) => queue.armed = true,
+        None => return libc::EINVAL,
+    }
     0
 }
 
@@ -127,21 +160,68 @@ unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, completions: *mut ib
     let Some(queue) = fabric.completions.get_mut(&cq.addr()) else {
         return -1;
     };
-    let give = queue.len().min(usize::try_from(count).unwrap_or(0));
-    for (index, completion) in queue.drain(..give).enumerate() {
+    let give = queue.entries.len().min(usize::try_from(count).unwrap_or(0));
+    for (index, completion) in queue.entries.drain(..give).enumerate() {
         // SAFETY: see the top.
         unsafe { completions.add(index).write(completion) };
     }
     give as c_int
 }
 
+extern "C" fn create_srq(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> *mut ibv_srq {
+    let queue = Box::into_raw(Box::new(ibv_srq {
+        // SAFETY: see the top.
+        context: unsafe { (*pd).context },
+        // SAFETY: as above.
+        srq_context: unsafe { (*init).srq_context },
+        pd,
+        ..zeroed()
+    }));
+    fabric().shared.insert(queue.addr(), Default::default());
+    queue
+}
+
+extern "C" fn query_srq(_: *mut ibv_srq, attr: *mut ibv_srq_attr) -> c_int {
+    // SAFETY: see the top.
+    unsafe { *attr = zeroed() };
+    0
+}
+
+extern "C" fn destroy_srq(srq: *mut ibv_srq) -> c_int {
+    let mut fabric = fabric();
+    if fabric.pairs.values().any(|pair| pair.shared == srq.addr()) {
+        return libc::EBUSY;
+    }
+    fabric.shared.remove(&srq.addr());
+    // SAFETY: made by `create_srq`.
+    drop(unsafe { Box::from_raw(srq) });
+    0
+}
+
+extern "C" fn create_ah(pd: *mut ibv_pd, _: *mut ibv_ah_attr) -> *mut ibv_ah {
+    let handle = Box::into_raw(Box::new(ibv_ah {
+        // SAFETY: see the top.
+        context: unsafe { (*pd).context },
+        pd,
+        handle: 0,
+    }));
+    fabric().handles.insert(handle.addr());
+    handle
+}
+
+extern "C" fn destroy_ah(ah: *mut ibv_ah) -> c_int {
+    fabric().handles.remove(&ah.addr());
+    // SAFETY: made by `create_ah`.
+    drop(unsafe { Box::from_raw(ah) });
+    0
+}
+
 extern "C" fn create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> *mut ibv_qp {
     // SAFETY: see the top.
     let (context, init) = unsafe { ((*pd).context, &*init) };
     let mut fabric = fabric();
-    let number = fabric.number(|fabric, number| fabric.pairs.contains_key(&number));
-    let signal_all = init.sq_sig_all != 0;
-    let pair = Pair::new(init.send_cq.addr(), init.recv_cq.addr(), signal_all);
+    let number = fabric.number(NUMBERS, |fabric, number| fabric.pairs.contains_key(&number));
+    let pair = Pair::new(init);
     fabric.pairs.insert(number, pair);
     Box::into_raw(Box::new(ibv_qp {
         context,
@@ -171,12 +251,24 @@ extern "C" fn query_qp(
         };
         (*attr).qp_state = pair.state;
         (*attr).rq_psn = match fabric.stale {
-            true => pair.first_expected,
+            true => pair.first_expected.unwrap_or_default(),
             false => pair.expected,
         };
         (*attr).sq_psn = pair.next_psn;
     }
     0
+}
+
+/// Is there a way from one state to the other (`ibv_modify_qp(3)`)?
+fn leads(from: u32, to: u32, mask: u32) -> bool {
+    match to {
+        IBV_QPS_RESET => true,
+        IBV_QPS_ERR => from != IBV_QPS_RESET,
+        IBV_QPS_INIT => [IBV_QPS_RESET, IBV_QPS_INIT].contains(&from),
+        IBV_QPS_RTR => from == IBV_QPS_INIT,
+        IBV_QPS_RTS => from == IBV_QPS_RTR || from == IBV_QPS_RTS && mask & IBV_QP_SQ_PSN == 0,
+        _ => false,
+    }
 }
 
 extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int {
@@ -187,17 +279,23 @@ extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) ->
     let Some(pair) = fabric.pairs.get_mut(&number) else {
         return libc::EINVAL;
     };
+    if mask & IBV_QP_STATE != 0 && !leads(pair.state, attr.qp_state, mask) {
+        return libc::EINVAL;
+    }
     if mask & IBV_QP_DEST_QPN != 0 {
         pair.peer = attr.dest_qp_num;
     }
     if mask & IBV_QP_RQ_PSN != 0 {
-        (pair.expected, pair.first_expected) = (attr.rq_psn, attr.rq_psn);
+        (pair.expected, pair.first_expected) = (attr.rq_psn, Some(attr.rq_psn));
     }
     if mask & IBV_QP_SQ_PSN != 0 {
         pair.next_psn = attr.sq_psn;
     }
     if mask & IBV_QP_PATH_MTU != 0 {
         pair.mtu = 128 << attr.path_mtu;
+    }
+    if mask & IBV_QP_QKEY != 0 {
+        pair.key = attr.qkey;
     }
     if mask & IBV_QP_STATE != 0 {
         fabric.set_state(number, attr.qp_state);
@@ -215,13 +313,17 @@ extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {
 unsafe extern "C" fn post_send(
     qp: *mut ibv_qp,
     first: *mut ibv_send_wr,
-    _: *mut *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
 ) -> c_int {
     // SAFETY: see the top.
     unsafe {
         let mut request = first;
         while !request.is_null() {
-            fabric().post_send((*qp).qp_num, &*request);
+            let code = fabric().post_send((*qp).qp_num, &*request);
+            if code != 0 {
+                *bad = request;
+                return code;
+            }
             request = (*request).next;
         }
     }
@@ -238,6 +340,22 @@ unsafe extern "C" fn post_recv(
         let mut request = first;
         while !request.is_null() {
             fabric().post_receive((*qp).qp_num, &*request);
+            request = (*request).next;
+        }
+    }
+    0
+}
+
+unsafe extern "C" fn post_srq_recv(
+    srq: *mut ibv_srq,
+    first: *mut ibv_recv_wr,
+    _: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        let mut request = first;
+        while !request.is_null() {
+            fabric().post_shared_receive(srq.addr(), &*request);
             request = (*request).next;
         }
     }
