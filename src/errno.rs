@@ -11,6 +11,7 @@ pub type Verb<T> = Result<T, Errno>;
 
 impl Errno {
     pub const AGAIN: Self = Self(libc::EAGAIN);
+    pub const BAD_ADDRESS: Self = Self(libc::EFAULT);
     pub const BUSY: Self = Self(libc::EBUSY);
     pub const INVALID: Self = Self(libc::EINVAL);
     pub const IO: Self = Self(libc::EIO);

@@ -14,17 +14,25 @@ use kmod_compat::sysfs::Sysfs;
 use kmod_compat::sysfs_tree;
 
 use super::Phase;
-use super::release::Let;
+use super::release::{Let, undo_rebuild};
 use crate::control::message::{ContextNumbers, DeviceChoice, ProcessNumbers};
 use crate::device;
+use crate::errno::Errno;
 use crate::translate::{Directory, KeyTable};
 use crate::virt::context::{Context, replace_command_file};
 use crate::virt::ports;
 use crate::virt::process::{lock, process};
 use crate::virt::queue_pair::Connected;
 
-/// Opens devices and makes every object again, but leaves queue pairs unconnected.
+/// Opens devices and makes every object again, but leaves queue pairs unconnected. If it fails, nothing of it is left.
 pub(crate) fn rebuild(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
+    make_all(choices, left).map_err(|what| match undo_rebuild() {
+        Ok(()) => what,
+        Err(error) => format!("{what}; and letting go of the rest: {error}"),
+    })
+}
+
+fn make_all(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
     for context in process().contexts() {
         context.events.after_save();
         open_device(context, choices)?;
@@ -176,10 +184,15 @@ fn rebuild_objects(context: &Context) -> Result<(), String> {
         }
         for (_, region) in &objects.regions {
             let region = region.get();
-            // The memory may be gone: natively the pages would have stayed pinned. The handle stays, without access.
-            if let Err(error) = region.rebuild() {
-                let (address, length) = region.range();
-                tracing::warn!(address, length, %error, "memory region cannot be registered again");
+            let (address, length) = region.range();
+            match region.rebuild() {
+                // The memory is gone: natively the pages would have stayed pinned. The handle stays, without access.
+                Err(Errno::BAD_ADDRESS) => {
+                    tracing::warn!(address, length, "memory of a region is not mapped any more");
+                }
+                made => made.map_err(|error| {
+                    format!("memory region of {length} bytes at {address:#x}: {error}")
+                })?,
             }
         }
         for (_, queue) in &objects.completion_queues {

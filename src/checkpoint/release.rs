@@ -37,13 +37,7 @@ pub(crate) fn release() -> Phase<Let> {
     }
     for context in process().contexts() {
         context.events.before_save();
-        let hardware = context.hardware();
-        context.set_hardware(std::ptr::null_mut());
-        // SAFETY: the device's own; all its objects are gone.
-        unsafe { (context.verbs.ibv_close_device)(hardware) };
-        // SAFETY: the application's context is open; only its file number is read.
-        let number = unsafe { (*context.app()).cmd_fd };
-        put_aside(number).map_err(|error| format!("file descriptor {number}: {error}"))?;
+        close_device(context)?;
     }
     let mut left = Let::default();
     let descriptors = settled_descriptors(|descriptor| {
@@ -85,6 +79,34 @@ pub(crate) fn release() -> Phase<Let> {
         )),
         None => Ok(left),
     }
+}
+
+/// Lets go of the fresh hardware that a rebuild which failed has made, so that it can be tried again.
+pub(super) fn undo_rebuild() -> Phase<()> {
+    let _events = process().events();
+    for context in process().contexts() {
+        release_objects(context)
+            .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
+    }
+    process()
+        .channels()
+        .iter()
+        .for_each(|channel| channel.release());
+    process().contexts().into_iter().try_for_each(close_device)
+}
+
+/// Closes the device, if it is open, and puts its command file aside.
+fn close_device(context: &Context) -> Phase<()> {
+    let hardware = context.hardware();
+    if hardware.is_null() {
+        return Ok(());
+    }
+    context.set_hardware(std::ptr::null_mut());
+    // SAFETY: the device's own; all its objects are gone.
+    unsafe { (context.verbs.ibv_close_device)(hardware) };
+    // SAFETY: the application's context is open; only its file number is read.
+    let number = unsafe { (*context.app()).cmd_fd };
+    put_aside(number).map_err(|error| format!("file descriptor {number}: {error}"))
 }
 
 /// A file that can be saved, that epoll accepts, and that never has anything to say.

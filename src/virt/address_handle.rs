@@ -126,6 +126,8 @@ impl AddressHandle {
 
     /// Makes the hardware's object, for the address as it is now.
     pub(crate) fn rebuild(&self) -> Verb<()> {
+        // There is one if a connect has failed half-way.
+        self.release();
         let directory = process().directory();
         let mut attr = self.attr;
         if let Some(directory) = &directory {

@@ -88,6 +88,9 @@ impl ProtectionDomain {
     /// Lets go of the hardware.
     pub(crate) fn release(&self) -> Verb<()> {
         let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        if hardware.is_null() {
+            return Ok(());
+        }
         // SAFETY: the device's own; all that used it is released before.
         Errno::check(unsafe { (self.context.verbs.ibv_dealloc_pd)(hardware) })
     }

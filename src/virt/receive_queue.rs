@@ -3,6 +3,7 @@
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rdma_core_sys::{ibv_recv_wr, ibv_sge};
@@ -44,6 +45,8 @@ struct State {
     /// A translated request of one element, with `sg_list` at `elements` and no next.
     copy: ibv_recv_wr,
     last_key: LastKey,
+    /// The mark of the last receive that a restart has given to the hardware.
+    restarted: u64,
 }
 
 impl Default for ReceiveQueue {
@@ -65,6 +68,7 @@ impl Default for ReceiveQueue {
                 num_sge: 1,
             },
             last_key: LastKey::NONE,
+            restarted: 0,
         };
         Self {
             lock: QueueLock::default(),
@@ -182,7 +186,10 @@ impl ReceiveQueue {
 
     /// Nobody to post to: requests are held.
     pub(super) fn detach(&self) {
-        self.attach(std::ptr::null_mut(), hold);
+        self.with(|state| {
+            state.detach();
+            state.restarted = 0;
+        });
     }
 
     /// The queue's lock can be had: no thread is stuck inside.
@@ -206,19 +213,36 @@ impl ReceiveQueue {
     }
 
     /// After a rebuild: attaches the fresh hardware and posts again all that was posted and has not completed, with the keys
-    /// as they are now; in one step, so that what the application posts meanwhile goes down once.
+    /// as they are now; in one step, so that what the application posts meanwhile goes down once. If the device refuses one, the
+    /// next try goes on from there, unless the hardware is `empty` again.
     pub(super) fn restart(
         &self,
         context: &Context,
         hardware: *mut c_void,
         post: PostReceive,
+        empty: bool,
     ) -> Verb<()> {
         self.with(|state| {
+            if state.hardware == hardware && !empty {
+                return Ok(());
+            }
+            if empty {
+                state.restarted = 0;
+            }
             (state.hardware, state.post) = (hardware, post);
             (state.translate, state.last_key) = (true, LastKey::NONE);
             for slot in state.ring.posted() {
+                // SAFETY: an entry of the ring, under its lock.
+                let mark = unsafe { (*slot).head.mark.load(Ordering::Acquire) };
+                if mark <= state.restarted {
+                    continue;
+                }
                 // SAFETY: an entry of the ring, which the fresh hardware does not have yet.
-                unsafe { state.post_slot(context, slot)? };
+                if let Err(error) = unsafe { state.post_slot(context, slot) } {
+                    state.detach();
+                    return Err(error);
+                }
+                state.restarted = mark;
             }
             Ok(())
         })
@@ -326,6 +350,10 @@ unsafe extern "C" fn take_back(queue: &ReceiveQueue, code: c_int) -> c_int {
 }
 
 impl State {
+    fn detach(&mut self) {
+        (self.hardware, self.post) = (std::ptr::null_mut(), hold);
+    }
+
     /// Gives an entry to the hardware: as it is, or from the first restart on a copy with the hardware's keys. The log
     /// itself stays in the application's terms, so that it can go down again after the next restart.
     #[inline(always)]

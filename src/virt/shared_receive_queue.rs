@@ -233,6 +233,9 @@ impl SharedReceiveQueue {
     pub(crate) fn release(&self) -> Verb<()> {
         self.queue.detach();
         let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        if hardware.is_null() {
+            return Ok(());
+        }
         // The limit may have fired, which disarms it: what it is now is what the fresh queue must have.
         let mut now = ibv_srq_attr {
             max_wr: 0,
@@ -256,8 +259,8 @@ impl SharedReceiveQueue {
 
     /// Posts again what was posted; then the limit, which must not fire for an empty queue.
     pub(crate) fn repost(&self) -> Verb<()> {
-        self.queue
-            .restart(self.context, self.hardware().cast(), self.hardware_post()?)?;
+        let (hardware, post) = (self.hardware().cast(), self.hardware_post()?);
+        self.queue.restart(self.context, hardware, post, false)?;
         let mut attr = *lock(&self.attr);
         if attr.srq_limit > 0 {
             // SAFETY: rebuilt, so the hardware is there.

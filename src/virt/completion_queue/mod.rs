@@ -358,6 +358,9 @@ impl CompletionQueue {
         let hardware = std::mem::replace(&mut state.hardware, std::ptr::null_mut());
         state.poll = poll_nothing;
         drop(state);
+        if hardware.is_null() {
+            return Ok(());
+        }
         // SAFETY: the device's own, which nobody can reach any more.
         Errno::check(unsafe { (self.context.verbs.ibv_destroy_cq)(hardware) })
     }

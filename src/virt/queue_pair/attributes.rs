@@ -26,6 +26,8 @@ pub(super) struct Attributes {
     pub(super) fresh_psn: Option<Psn>,
     /// The path MTU below, which may be less than what the application has set.
     pub(super) mtu_below: u32,
+    /// Bringing this hardware to its state has begun. Whoever finds that has failed before.
+    pub(super) connecting: bool,
     /// Has this hardware been ready to receive? If not, it has executed nothing.
     pub(super) was_ready: bool,
 }
@@ -51,6 +53,7 @@ impl Default for Attributes {
             shown_capacity: None,
             fresh_psn: None,
             mtu_below: 0,
+            connecting: false,
             was_ready: false,
         }
     }

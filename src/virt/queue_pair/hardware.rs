@@ -172,6 +172,15 @@ impl QueuePair {
         self.modify_hardware(attr, IBV_QP_STATE)
     }
 
+    /// Forgets what a connect that failed has done.
+    fn reset(&self) -> Verb<()> {
+        self.receive.detach();
+        // SAFETY: zero is valid.
+        let mut attr: ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attr.qp_state = IBV_QPS_RESET;
+        self.modify_hardware(attr, IBV_QP_STATE)
+    }
+
     fn modify_hardware(&self, mut attr: ibv_qp_attr, mask: u32) -> Verb<()> {
         // SAFETY: the hardware is there; `attr` is ours.
         Errno::check(unsafe {
@@ -235,7 +244,7 @@ impl QueuePair {
         };
         let mut attributes = lock(&self.attributes);
         attributes.fresh_psn = Some(Psn(0).advance(u32::from_ne_bytes(random)));
-        attributes.was_ready = false;
+        (attributes.connecting, attributes.was_ready) = (false, false);
         Ok(())
     }
 
@@ -257,6 +266,10 @@ impl QueuePair {
     /// What the device answers.
     pub(crate) fn connect(&self, directory: &Directory, mtu: u8) -> Verb<Connected> {
         let attributes = *lock(&self.attributes);
+        if attributes.connecting {
+            self.reset()?;
+        }
+        lock(&self.attributes).connecting = true;
         let target = attributes.released_state;
         let first_psn = attributes.fresh_psn.ok_or(Errno::INVALID)?;
         self.send.translate();
@@ -275,11 +288,9 @@ impl QueuePair {
         )?;
         self.attach_send_queue()?;
         if self.shared.is_null() {
-            self.receive.restart(
-                self.context,
-                self.hardware().cast(),
-                self.hardware_post_receive()?,
-            )?;
+            let post = self.hardware_post_receive()?;
+            self.receive
+                .restart(self.context, self.hardware().cast(), post, true)?;
         }
         if target == IBV_QPS_INIT {
             return Ok(Connected::AsBefore);
