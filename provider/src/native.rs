@@ -3,7 +3,7 @@
 //! Its C library is its own too: an `errno` of its own (`Verbs::errno`), and an environment of its own, from which we take
 //! what would lead it back to us.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use reverbs::device::Verbs;
@@ -17,6 +17,9 @@ const HIDDEN: [&str; 4] = [
     "IBV_FORK_SAFE=",
 ];
 
+/// Names another library than the host's libibverbs for the devices below; for tests, which put a device of their own in between.
+const LIBRARY: &str = "REVERBS_LIBIBVERBS";
+
 static VERBS: OnceLock<Result<Verbs, String>> = OnceLock::new();
 
 /// The verbs of the devices of this host.
@@ -28,11 +31,13 @@ pub(crate) fn verbs() -> Result<&'static Verbs, &'static str> {
 }
 
 fn load() -> Result<Verbs, String> {
+    let library = std::env::var_os(LIBRARY).unwrap_or_else(|| "libibverbs.so.1".into());
+    let library = CString::new(library.into_encoded_bytes()).map_err(|error| error.to_string())?;
     // SAFETY: a new namespace; the library's constructors are those of libibverbs and libc.
     let handle = unsafe {
         libc::dlmopen(
             libc::LM_ID_NEWLM,
-            c"libibverbs.so.1".as_ptr(),
+            library.as_ptr(),
             libc::RTLD_NOW | libc::RTLD_LOCAL,
         )
     };
