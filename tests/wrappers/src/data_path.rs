@@ -1,0 +1,200 @@
+//! Posts and polls, which go through the operations of the context.
+
+use std::ffi::c_int;
+
+use rdma_core_sys::{
+    IBV_QPT_UC, IBV_QPT_UD, IBV_WC_SEND, IBV_WR_RDMA_WRITE, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM,
+    ibv_context, ibv_cq, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_wc,
+};
+
+use crate::state::state;
+
+/// Puts the wrapper's operations into a context that was just opened.
+pub(crate) unsafe fn wrap_operations(context: *mut ibv_context) {
+    // SAFETY: nobody else has it yet.
+    let ops = unsafe { &mut (*context).ops };
+    state().keep_operations(context.addr(), *ops);
+    ops.poll_cq = Some(poll_cq);
+    ops.req_notify_cq = Some(req_notify_cq);
+    ops.post_send = Some(post_send);
+    ops.post_recv = Some(post_recv);
+    ops.post_srq_recv = Some(post_srq_recv);
+}
+
+unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> c_int {
+    const BATCH: usize = 32;
+    let state = state();
+    // SAFETY: see the top; zero is a valid completion.
+    unsafe {
+        let poll = state.operations((*cq).context.addr()).poll_cq;
+        let poll = poll.expect("a device that polls");
+        let mut held = state.completions();
+        held.ripen(cq.addr());
+        loop {
+            let mut found: [ibv_wc; BATCH] = std::mem::zeroed();
+            let got = poll(cq, BATCH as c_int, found.as_mut_ptr());
+            if got < 0 {
+                return got;
+            }
+            for completion in &found[..got as usize] {
+                held.add(cq.addr(), *completion, state.random(state.plan.delay + 1));
+            }
+            if got < BATCH as c_int {
+                break;
+            }
+        }
+        for given in 0..count {
+            match held.take(cq.addr(), state) {
+                Some(completion) => completions.add(given as usize).write(completion),
+                None => return given,
+            }
+        }
+        count
+    }
+}
+
+/// A program that has asked for an event and polls once more must find what is there.
+unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {
+    let state = state();
+    // SAFETY: see the top.
+    unsafe {
+        let operations = state.operations((*cq).context.addr());
+        let code = (operations.req_notify_cq.expect("a device with events"))(cq, solicited_only);
+        state.completions().ripen_all(|queue| queue == cq.addr());
+        code
+    }
+}
+
+/// A request of a chain.
+trait Chained {
+    fn next(&mut self) -> &mut *mut Self;
+}
+
+impl Chained for ibv_send_wr {
+    fn next(&mut self) -> &mut *mut Self {
+        &mut self.next
+    }
+}
+
+impl Chained for ibv_recv_wr {
+    fn next(&mut self) -> &mut *mut Self {
+        &mut self.next
+    }
+}
+
+/// Posts a chain up to the request that is to fail.
+unsafe fn post_chain<W: Chained>(
+    verb: &'static str,
+    first: *mut W,
+    bad: *mut *mut W,
+    post: impl Fn(*mut W) -> c_int,
+) -> c_int {
+    // SAFETY: see the top: a chain that ends in null.
+    unsafe {
+        let mut before: *mut W = std::ptr::null_mut();
+        let mut request = first;
+        while !request.is_null() {
+            if let Some(errno) = state().failure(verb) {
+                if !before.is_null() {
+                    *(*before).next() = std::ptr::null_mut();
+                    let code = post(first);
+                    *(*before).next() = request;
+                    if code != 0 {
+                        return code;
+                    }
+                }
+                *bad = request;
+                return errno;
+            }
+            before = request;
+            request = *(*request).next();
+        }
+    }
+    post(first)
+}
+
+unsafe extern "C" fn post_send(
+    qp: *mut ibv_qp,
+    first: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        let post = state().operations((*qp).context.addr()).post_send;
+        let post = post.expect("a device that sends");
+        post_chain("post_send", first, bad, |first| {
+            if !is_losing(qp) {
+                return post(qp, first, bad);
+            }
+            // One by one, as each may be lost.
+            let mut request = first;
+            while !request.is_null() {
+                let mut copy = *request;
+                copy.next = std::ptr::null_mut();
+                if state().random(100) < state().plan.lose {
+                    lose(qp, &mut copy);
+                }
+                let mut refused = std::ptr::null_mut();
+                let code = post(qp, &raw mut copy, &raw mut refused);
+                if code != 0 {
+                    *bad = request;
+                    return code;
+                }
+                request = (*request).next;
+            }
+            0
+        })
+    }
+}
+
+unsafe fn is_losing(qp: *mut ibv_qp) -> bool {
+    // SAFETY: see the top.
+    state().plan.lose > 0 && [IBV_QPT_UC, IBV_QPT_UD].contains(unsafe { &(*qp).qp_type })
+}
+
+/// Turns a message into one that its receiver does not take.
+unsafe fn lose(qp: *mut ibv_qp, request: &mut ibv_send_wr) {
+    // SAFETY: see the top; the transport says which field of the union is meant.
+    unsafe {
+        if (*qp).qp_type == IBV_QPT_UD {
+            request.wr.ud.remote_qkey ^= 0x5a5a;
+        } else if [IBV_WR_SEND, IBV_WR_SEND_WITH_IMM].contains(&request.opcode) {
+            // A WRITE of no bytes does nothing.
+            request.opcode = IBV_WR_RDMA_WRITE;
+            request.num_sge = 0;
+            request.wr.rdma.remote_addr = 0;
+            request.wr.rdma.rkey = 0;
+            let key = ((*qp).qp_num, request.wr_id);
+            state().completions().lost.insert(key, IBV_WC_SEND);
+        } else {
+            return;
+        }
+        state().note("post_send", format_args!("lost"));
+    }
+}
+
+unsafe extern "C" fn post_recv(
+    qp: *mut ibv_qp,
+    first: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        let post = state().operations((*qp).context.addr()).post_recv;
+        let post = post.expect("a device that receives");
+        post_chain("post_recv", first, bad, |first| post(qp, first, bad))
+    }
+}
+
+unsafe extern "C" fn post_srq_recv(
+    srq: *mut ibv_srq,
+    first: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: see the top.
+    unsafe {
+        let post = state().operations((*srq).context.addr()).post_srq_recv;
+        let post = post.expect("a device that shares receives");
+        post_chain("post_srq_recv", first, bad, |first| post(srq, first, bad))
+    }
+}
