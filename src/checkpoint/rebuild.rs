@@ -84,6 +84,7 @@ fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()>
     };
     let hardware = hardware.map_err(|error| format!("cannot open device {name}: {error}"))?;
     context.set_hardware(hardware);
+    lock(&context.responder_psn_is_live).take();
     let same_device = context.hardware_name() == name;
     context.set_hardware_name(&cname);
     let first_seen = lock(&context.first_seen)

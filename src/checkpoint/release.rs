@@ -128,7 +128,6 @@ fn release_objects(context: &Context) -> Verb<()> {
             pair.get().release()?;
         }
         lock(&context.dead_end).take();
-        lock(&context.responder_psn_is_live).take();
         for (_, handle) in &objects.address_handles {
             handle.get().release();
         }

@@ -19,6 +19,7 @@ use super::send_queue::PostSend;
 use crate::control::message::{HardwareAddress, HardwarePeer, Progress, QueuePairNumbers};
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, Psn};
+use crate::log::SlotHead;
 use crate::translate::Directory;
 use crate::virt::context::Context;
 use crate::virt::process::lock;
@@ -178,7 +179,14 @@ impl QueuePair {
         // SAFETY: zero is valid.
         let mut attr: ibv_qp_attr = unsafe { std::mem::zeroed() };
         attr.qp_state = IBV_QPS_RESET;
-        self.modify_hardware(attr, IBV_QP_STATE)
+        self.modify_hardware(attr, IBV_QP_STATE)?;
+        // If it had got to the error state its receives are flushed, and will be once more.
+        let own = std::ptr::from_ref(self).addr();
+        self.each_completion_queue(|queue| {
+            // SAFETY: a completion of this device, polled just now.
+            queue.drain(|completion| unsafe { SlotHead::of(completion.wr_id).owner.addr() == own });
+        });
+        Ok(())
     }
 
     fn modify_hardware(&self, mut attr: ibv_qp_attr, mask: u32) -> Verb<()> {

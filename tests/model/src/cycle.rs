@@ -6,6 +6,9 @@ use std::path::Path;
 use reverbs::control::message::{Phase, ProcessStatus, Reply, Request};
 use reverbs_benches::restart::Agent;
 
+/// How often a step is tried on a device that fails.
+const TRIES: u32 = 3;
+
 /// A moment between two phases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Moment {
@@ -55,6 +58,8 @@ pub struct Cycled {
 struct Orchestrator<'a> {
     agent: Agent,
     runtime_dir: &'a Path,
+    /// Verbs may fail while hardware is made.
+    fails: bool,
     /// The moments at which it dies and another takes over.
     deaths: Vec<Moment>,
     sessions: u32,
@@ -64,7 +69,12 @@ struct Orchestrator<'a> {
 ///
 /// # Panics
 /// The agent refuses a phase.
-pub fn cycle(runtime_dir: &Path, deaths: Vec<Moment>, mut between: impl FnMut(Moment)) -> Cycled {
+pub fn cycle(
+    runtime_dir: &Path,
+    fails: bool,
+    deaths: Vec<Moment>,
+    mut between: impl FnMut(Moment),
+) -> Cycled {
     let mut failed = None;
     let mut between = |moment| {
         if failed.is_none() {
@@ -75,6 +85,7 @@ pub fn cycle(runtime_dir: &Path, deaths: Vec<Moment>, mut between: impl FnMut(Mo
     let mut orchestrator = Orchestrator {
         agent,
         runtime_dir,
+        fails,
         deaths,
         sessions: 0,
     };
@@ -134,7 +145,7 @@ impl Orchestrator<'_> {
                     self.passes(Moment::Released, between)
                 }
                 Phase::Released => {
-                    self.agent.ask(Request::Rebuild { devices: vec![] });
+                    self.ask_in_spite_of_failures(&Request::Rebuild { devices: vec![] }, at);
                     self.passes(Moment::Rebuilt, between)
                 }
                 Phase::Rebuilt => {
@@ -142,7 +153,7 @@ impl Orchestrator<'_> {
                         panic!("numbers are answered by numbers");
                     };
                     let numbers = vec![numbers];
-                    self.agent.ask(Request::Connect { numbers });
+                    self.ask_in_spite_of_failures(&Request::Connect { numbers }, at);
                     self.passes(Moment::Connected, between)
                 }
                 Phase::Connected => {
@@ -154,6 +165,25 @@ impl Orchestrator<'_> {
             drop(agent);
             at = phase;
         }
+    }
+
+    /// A step that may be refused because the device failed, and is tried again as `reverbs resume` does.
+    fn ask_in_spite_of_failures(&mut self, request: &Request, phase: Phase) {
+        if self.fails {
+            reverbs_wrappers::set_failing(true);
+            let refused = (0..TRIES).all(|_| match self.agent.try_ask(request.clone()) {
+                Ok(_) => false,
+                Err((at, _)) => {
+                    assert_eq!(at, phase, "where a step that failed leaves the process");
+                    true
+                }
+            });
+            reverbs_wrappers::set_failing(false);
+            if !refused {
+                return;
+            }
+        }
+        self.agent.ask(request.clone());
     }
 
     /// Lets happen what happens at a moment; `true` if the orchestrator has died then, and another is in its place.

@@ -13,6 +13,7 @@ use rdma_core_sys::{
 };
 use reverbs::device::Verbs;
 use reverbs_benches::null_device;
+use reverbs_wrappers::plan::Plan;
 
 use crate::events;
 use crate::fabric::{Completions, KEYS, NUMBERS, Pair, Region, fabric};
@@ -29,6 +30,17 @@ pub fn verbs() -> &'static Verbs {
         unsafe { Verbs::load(|name| Some(resolve(name)), libc::__errno_location) }
             .expect("every name resolves")
     })
+}
+
+/// The device's verbs behind a wrapper.
+///
+/// # Panics
+/// The wrapper does not take the plan, or this process has one already.
+#[must_use]
+pub fn wrapped(plan: Plan) -> &'static Verbs {
+    let table = reverbs_wrappers::wrap(verbs(), plan).expect("one wrapper");
+    reverbs_wrappers::set_failing(false);
+    Box::leak(Box::new(table))
 }
 
 /// What a fabric changes; the rest is that of a device that does nothing.
@@ -72,6 +84,7 @@ extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
     ops.post_recv = Some(post_recv);
     ops.post_srq_recv = Some(post_srq_recv);
     ops.req_notify_cq = Some(req_notify_cq);
+    fabric().has_told = false;
     context
 }
 
@@ -245,7 +258,7 @@ extern "C" fn query_qp(
     // SAFETY: see the top.
     unsafe {
         (*attr, *init) = (zeroed(), zeroed());
-        let fabric = fabric();
+        let mut fabric = fabric();
         let Some(pair) = fabric.pairs.get(&(*qp).qp_num) else {
             return libc::EINVAL;
         };
@@ -255,6 +268,7 @@ extern "C" fn query_qp(
             false => pair.expected,
         };
         (*attr).sq_psn = pair.next_psn;
+        fabric.has_told |= !fabric.stale && pair.peer == (*qp).qp_num;
     }
     0
 }

@@ -13,7 +13,9 @@ use reverbs_benches::restart::Machine;
 use reverbs_model::apart::apart;
 use reverbs_model::cycle::{Cycled, Moment, cycle};
 use reverbs_model::fabric::{Truth, fabric};
-use reverbs_model::program::{Kind, LONGEST, Plan, Program, Transport, Wish};
+use reverbs_model::program::{Kind, LONGEST, LONGEST_DELAY, Plan, Program, Transport, Wish};
+use reverbs_model::verbs::{verbs, wrapped};
+use reverbs_wrappers::plan::Plan as Wrapper;
 
 /// What happens next. Links and queue pairs are counted around.
 #[derive(Clone, Debug)]
@@ -143,6 +145,21 @@ fn plan() -> impl Strategy<Value = Plan> {
         })
 }
 
+/// What is around the device, for a share of the programs: it delays and reorders completions, and fails while hardware is made.
+fn wrapper() -> impl Strategy<Value = Option<Wrapper>> {
+    let failures = prop_oneof![
+        1 => Just(""),
+        1 => Just("fail=create_qp%10:ENOMEM fail=create_cq%10:ENOMEM fail=reg_mr%5:ENOMEM fail=create_srq%10:EIO"),
+        1 => Just("fail=modify_qp%8:EIO fail=post_recv%8:ENOMEM fail=post_srq_recv%8:ENOMEM fail=open_device%20:EAGAIN"),
+    ];
+    let text =
+        (any::<u64>(), 0..LONGEST_DELAY / 2, failures).prop_map(|(seed, delay, failures)| {
+            let text = format!("seed={seed} delay={delay} reorder=yes {failures}");
+            Some(text.parse().expect("a plan"))
+        });
+    prop_oneof![2 => Just(None), 1 => text]
+}
+
 /// What happens before a checkpoint, what between its phases, and when its orchestrators die.
 #[derive(Clone, Debug)]
 struct Round {
@@ -221,9 +238,20 @@ fn ends(program: &Program) -> impl Iterator<Item = (usize, usize)> + use<> {
     (0..program.links()).flat_map(|link| [(link, 0), (link, 1)])
 }
 
-fn play(folder: &Path, seed: u64, stale: bool, plans: &[Plan], rounds: &[Round]) {
+fn play(
+    folder: &Path,
+    seed: u64,
+    stale: bool,
+    wrapper: Option<Wrapper>,
+    plans: &[Plan],
+    rounds: &[Round],
+) {
     fabric().begin(seed, stale);
-    let mut program = Program::new(1 << 40, plans);
+    let fails = wrapper
+        .as_ref()
+        .is_some_and(|plan| !plan.failures.is_empty());
+    let device = wrapper.map_or_else(verbs, wrapped);
+    let mut program = Program::new(1 << 40, plans, device);
     // What is not here is younger than the last restart and has the number that the program knows.
     let mut hardware: BTreeMap<u32, u32> = BTreeMap::new();
     for round in rounds {
@@ -232,7 +260,7 @@ fn play(folder: &Path, seed: u64, stale: bool, plans: &[Plan], rounds: &[Round])
         }
         let mut truths = BTreeMap::new();
         let deaths = round.deaths.iter().map(|death| Moment::ALL[*death]);
-        let cycled = cycle(folder, deaths.collect(), |moment| {
+        let cycled = cycle(folder, fails, deaths.collect(), |moment| {
             // Nothing may be executed from here on, although some of it may still be on the way.
             if moment == Moment::Asked {
                 for (link, end) in ends(&program) {
@@ -296,10 +324,11 @@ proptest! {
     fn every_request_once(
         seed: u64,
         stale in prop::bool::weighted(0.25),
+        wrapper in wrapper(),
         plans in prop::collection::vec(plan(), 1..4),
         rounds in prop::collection::vec(round(), 0..5),
     ) {
         let folder = runtime_dir();
-        apart(|| play(&folder, seed, stale, &plans, &rounds));
+        apart(|| play(&folder, seed, stale, wrapper, &plans, &rounds));
     }
 }

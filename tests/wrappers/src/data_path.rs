@@ -22,27 +22,15 @@ pub(crate) unsafe fn wrap_operations(context: *mut ibv_context) {
 }
 
 unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> c_int {
-    const BATCH: usize = 32;
     let state = state();
     // SAFETY: see the top; zero is a valid completion.
     unsafe {
-        let poll = state.operations((*cq).context.addr()).poll_cq;
-        let poll = poll.expect("a device that polls");
+        let code = pull(cq);
+        if code < 0 {
+            return code;
+        }
         let mut held = state.completions();
         held.ripen(cq.addr());
-        loop {
-            let mut found: [ibv_wc; BATCH] = std::mem::zeroed();
-            let got = poll(cq, BATCH as c_int, found.as_mut_ptr());
-            if got < 0 {
-                return got;
-            }
-            for completion in &found[..got as usize] {
-                held.add(cq.addr(), *completion, state.random(state.plan.delay + 1));
-            }
-            if got < BATCH as c_int {
-                break;
-            }
-        }
         for given in 0..count {
             match held.take(cq.addr(), state) {
                 Some(completion) => completions.add(given as usize).write(completion),
@@ -53,6 +41,40 @@ unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, completions: *mut ib
     }
 }
 
+/// Takes what the device has; gives what it answers last.
+unsafe fn pull(cq: *mut ibv_cq) -> c_int {
+    const BATCH: usize = 32;
+    let state = state();
+    // SAFETY: see the top; zero is a valid completion.
+    unsafe {
+        let poll = state.operations((*cq).context.addr()).poll_cq;
+        let poll = poll.expect("a device that polls");
+        loop {
+            let mut found: [ibv_wc; BATCH] = std::mem::zeroed();
+            let got = poll(cq, BATCH as c_int, found.as_mut_ptr());
+            for completion in found.iter().take(usize::try_from(got).unwrap_or(0)) {
+                let polls = state.random(state.plan.delay + 1) + 1;
+                state.completions().add(cq.addr(), *completion, polls);
+            }
+            if got < BATCH as c_int {
+                return got;
+            }
+        }
+    }
+}
+
+/// Whoever polls after a queue pair went, or was reset, finds all there will ever be of it.
+pub(crate) unsafe fn settle(qp: *mut ibv_qp) {
+    // SAFETY: see the top.
+    let queues = unsafe { [(*qp).send_cq, (*qp).recv_cq] };
+    for cq in queues {
+        // SAFETY: as above.
+        unsafe { pull(cq) };
+    }
+    let wanted = |queue| queues.iter().any(|cq| cq.addr() == queue);
+    state().completions().ripen_all(wanted);
+}
+
 /// A program that has asked for an event and polls once more must find what is there.
 unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {
     let state = state();
@@ -60,6 +82,7 @@ unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_
     unsafe {
         let operations = state.operations((*cq).context.addr());
         let code = (operations.req_notify_cq.expect("a device with events"))(cq, solicited_only);
+        pull(cq);
         state.completions().ripen_all(|queue| queue == cq.addr());
         code
     }

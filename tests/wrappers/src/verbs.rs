@@ -3,13 +3,13 @@
 use std::ffi::{c_char, c_int, c_void};
 
 use rdma_core_sys::{
-    ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device,
-    ibv_gid_entry, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_srq, ibv_srq_attr,
-    ibv_srq_init_attr,
+    IBV_QP_STATE, IBV_QPS_RESET, ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel,
+    ibv_context, ibv_cq, ibv_device, ibv_gid_entry, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
 };
 use reverbs::device::Verbs;
 
-use crate::data_path::wrap_operations;
+use crate::data_path::{settle, wrap_operations};
 use crate::state::state;
 
 /// A verb of each kind that answers in a way of its own: with a pointer or null, with 0 or an errno, or not in a way that could fail.
@@ -103,10 +103,17 @@ verbs! {
     pointer ibv_create_qp as "create_qp" (pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
     code ibv_query_qp as "query_qp" (qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int, init: *mut ibv_qp_init_attr)
         -> c_int;
-    code ibv_modify_qp as "modify_qp" (qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int;
+    code ibv_modify_qp as "modify_qp" (qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int, before {
+        // SAFETY: see the top.
+        unsafe {
+            if mask as u32 & IBV_QP_STATE != 0 && (*attr).qp_state == IBV_QPS_RESET {
+                settle(qp);
+            }
+        }
+    };
     code ibv_destroy_qp as "destroy_qp" (qp: *mut ibv_qp) -> c_int, before {
-        // Whoever polls now finds all there will ever be of it.
-        state().completions().ripen_all(|_| true);
+        // SAFETY: see the top.
+        unsafe { settle(qp) };
     };
     pointer ibv_create_ah as "create_ah" (pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> *mut ibv_ah;
     code ibv_destroy_ah as "destroy_ah" (ah: *mut ibv_ah) -> c_int;

@@ -158,6 +158,8 @@ pub struct Fabric {
     random: u64,
     /// Queries show the PSN that a responder was once told to expect, not the one it expects now.
     pub(crate) stale: bool,
+    /// A queue pair that is connected to itself was asked how far it came, and has told; since the device was opened.
+    pub(crate) has_told: bool,
     /// How often each payload (by its first eight bytes) was executed from its first packet to its last.
     pub executions: BTreeMap<u64, u32>,
     /// The same of unreliable messages that were lost on the way, or found nobody who takes them.
@@ -410,7 +412,7 @@ impl Fabric {
             .iter()
             .take_while(|request| request.is_executed())
             .count();
-        if self.stale {
+        if !self.has_told {
             match self.known_by_count(pair, peer_failed, &requests[..], executed) {
                 Some(known) => executed = known,
                 None => return Truth::Lost,

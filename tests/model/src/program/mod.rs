@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::os::fd::IntoRawFd;
 
 use rdma_core_sys::{ibv_context, ibv_pd};
+use reverbs::device::Verbs;
 use reverbs::virt::{context, protection_domain};
 use reverbs_benches::null_device::NAME;
 
@@ -22,7 +23,6 @@ use self::link::{Below, Link};
 pub use self::link::{Plan, Transport};
 pub use self::post::Wish;
 use self::queues::{Queue, Shared};
-use crate::verbs::verbs;
 
 /// Requests that a queue takes.
 pub const DEPTH: u32 = 16;
@@ -35,6 +35,8 @@ pub const LONGEST: u32 = 3000;
 const LONGEST_RUN: usize = 6;
 /// Marks the `wr_id` of a receive.
 const RECEIVE: u64 = 1 << 63;
+/// Polls after which a device shows whatever there is.
+pub const LONGEST_DELAY: u32 = 8;
 /// Where WRITEs go, in turn.
 const TARGETS: usize = 4;
 
@@ -110,13 +112,13 @@ impl Program {
     /// # Panics
     /// A verb fails.
     #[must_use]
-    pub fn new(base: u64, plans: &[Plan]) -> Self {
+    pub fn new(base: u64, plans: &[Plan], verbs: &'static Verbs) -> Self {
         let null = std::fs::File::open("/dev/null").expect("/dev/null");
         // SAFETY: see the top; zero is valid for a context.
         let mut program = unsafe {
             let app: &mut ibv_context = Box::leak(Box::new(std::mem::zeroed()));
             app.cmd_fd = null.into_raw_fd();
-            let opened = context::open(app, NAME, verbs(), |_, _| Ok(())).expect("open");
+            let opened = context::open(app, NAME, verbs, |_, _| Ok(())).expect("open");
             app.async_fd = opened.async_fd;
             let domain = protection_domain::alloc(app).expect("alloc_pd");
             (*domain).context = app;
@@ -213,7 +215,7 @@ impl Program {
         // Receives of a shared queue that are being filled come back no other way.
         if polite || self.links[link].plan.shared {
             (0..2).for_each(|end| self.fail(link, end));
-            (0..2).for_each(|side| self.poll(side));
+            self.poll_until_silent();
         }
         let old = &self.links[link];
         self.gone.insert(old.serial);
