@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Phase;
+use crate::virt::completion_queue::CompletionQueue;
 use crate::virt::process::process;
 
 /// Closes all gates. On failure they are all open again.
@@ -52,7 +53,8 @@ pub(crate) fn close(limit: Duration) -> Phase<()> {
     Ok(())
 }
 
-/// Opens all gates, after what is held went down; whatever cannot go down is said, and the gates are open all the same.
+/// Opens all gates, after what is held went down; whatever cannot go down is said, and the gates are open all the same. Whoever waits
+/// for an event gets one: it may have found a closed queue empty that was not.
 pub(crate) fn reopen() -> Phase<()> {
     let process = process();
     let mut failed = Vec::new();
@@ -71,6 +73,7 @@ pub(crate) fn reopen() -> Phase<()> {
             }
         }
     }
+    notify_armed();
     process.gate.open();
     if failed.is_empty() {
         Ok(())
@@ -79,16 +82,24 @@ pub(crate) fn reopen() -> Phase<()> {
     }
 }
 
-/// After a rebuild: notifications are asked for again, then the gates open.
+/// Not before the queues are open: whoever wakes up polls, and asks for the next event if it finds nothing.
+fn notify_armed() {
+    let _events = process().events();
+    each_completion_queue(CompletionQueue::notify_armed);
+}
+
+/// After a rebuild: numbers may differ; then the gates open.
 pub(crate) fn resume() -> Phase<()> {
-    let events = process().events();
+    each_completion_queue(CompletionQueue::translate_numbers);
+    reopen()
+}
+
+/// Only while the gate is closed.
+fn each_completion_queue(visit: impl Fn(&CompletionQueue)) {
     for context in process().contexts() {
-        let objects = context.objects();
-        for (_, queue) in &objects.completion_queues {
+        for (_, queue) in &context.objects().completion_queues {
             // SAFETY: the gate is closed, so nothing is destroyed.
-            unsafe { queue.get().resume() };
+            visit(unsafe { queue.get() });
         }
     }
-    drop(events);
-    reopen()
 }

@@ -391,11 +391,15 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// After a restart: numbers may differ, and an armed queue fires. (docs/events.md, "Armed or not", says why it does so at once.)
-    /// The caller holds `Process::events`.
-    pub(crate) fn resume(&self) {
-        let mut state = self.lock();
+    /// After a restart: numbers may differ.
+    pub(crate) fn translate_numbers(&self) {
+        let _state = self.lock();
         self.general.fetch_or(TRANSLATE, Ordering::Relaxed);
+    }
+
+    /// An armed queue fires. (docs/events.md, "Armed or not", says why.) The caller holds `Process::events`.
+    pub(crate) fn notify_armed(&self) {
+        let mut state = self.lock();
         if state.arms > state.events {
             state.events = state.arms - 1;
             drop(state);
