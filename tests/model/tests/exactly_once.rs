@@ -105,7 +105,8 @@ fn control() -> impl Strategy<Value = Control> {
     ]
 }
 
-fn step() -> impl Strategy<Value = Step> {
+/// `events`: how often they are asked for and taken.
+fn step(events: u32) -> impl Strategy<Value = Step> {
     let spoiled = prop_oneof![9 => Just(None), 1 => (0..4_usize).prop_map(Some)];
     prop_oneof![
         16 => (0..MANY, 0..2_usize, wishes(), spoiled)
@@ -117,8 +118,8 @@ fn step() -> impl Strategy<Value = Step> {
         10 => (0..MANY, 1..4_u32)
             .prop_map(|(pair, requests)| Step::Acknowledge { pair, requests }),
         4 => (0..2_usize).prop_map(|side| Step::Poll { side }),
-        2 => (0..2_usize).prop_map(|side| Step::Arm { side }),
-        2 => (0..2_usize).prop_map(|side| Step::TakeEvents { side }),
+        events => (0..2_usize).prop_map(|side| Step::Arm { side }),
+        events => (0..2_usize).prop_map(|side| Step::TakeEvents { side }),
         2 => control().prop_map(Step::Control),
     ]
 }
@@ -168,11 +169,11 @@ struct Round {
     deaths: Vec<usize>,
 }
 
-fn round() -> impl Strategy<Value = Round> {
-    let before = prop::collection::vec(step(), 0..40);
-    let between = prop::collection::vec((0..Moment::ALL.len(), step()), 0..30);
-    let death = 0..Moment::ALL.len();
-    let deaths = prop_oneof![4 => Just(vec![]), 1 => prop::collection::vec(death, 1..3)];
+/// `deaths`: how many moments, from the first on, are those at which an orchestrator may die.
+fn round(events: u32, deaths: usize) -> impl Strategy<Value = Round> {
+    let before = prop::collection::vec(step(events), 0..40);
+    let between = prop::collection::vec((0..Moment::ALL.len(), step(events)), 0..30);
+    let deaths = prop_oneof![4 => Just(vec![]), 1 => prop::collection::vec(0..deaths, 1..3)];
     (before, between, deaths).prop_map(|(before, between, deaths)| Round {
         before,
         between,
@@ -320,15 +321,82 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 2000, ..ProptestConfig::default() })]
 
     /// `stale`: on a device that does not tell how far a responder came, so that messages are counted.
-    #[test]
     fn every_request_once(
         seed: u64,
         stale in prop::bool::weighted(0.25),
         wrapper in wrapper(),
         plans in prop::collection::vec(plan(), 1..4),
-        rounds in prop::collection::vec(round(), 0..5),
+        rounds in prop::collection::vec(round(2, Moment::ALL.len()), 0..5),
     ) {
         let folder = runtime_dir();
         apart(|| play(&folder, seed, stale, wrapper, &plans, &rounds));
     }
+
+    /// Programs that wait for events, and checkpoints that are often given up.
+    fn every_event_that_is_owed(
+        seed: u64,
+        plan in plan(),
+        rounds in prop::collection::vec(round(16, 3), 1..4),
+    ) {
+        let folder = runtime_dir();
+        apart(|| play(&folder, seed, false, None, &[plan], &rounds));
+    }
+}
+
+/// One after the other: each forks, and a process that forks should have no other thread at work.
+#[test]
+fn whatever_happens() {
+    every_request_once();
+    every_event_that_is_owed();
+    an_event_when_a_checkpoint_is_given_up();
+}
+
+/// A completion is there, and cannot be polled because the gates are closed; the program asks for an event, finds nothing, and would
+/// wait. Then the checkpoint is given up.
+fn an_event_when_a_checkpoint_is_given_up() {
+    let plan = Plan {
+        transport: Transport::Reliable,
+        shared: false,
+        signal_all: true,
+        stages: [3, 3],
+    };
+    let wish = Wish {
+        kind: Kind::Write,
+        length: 8,
+        signaled: true,
+        inline: false,
+        elements: 1,
+    };
+    let post = Step::Post {
+        link: 0,
+        end: 0,
+        wishes: vec![wish],
+        spoiled: None,
+    };
+    let mut before = vec![post];
+    for pair in 0..2 {
+        before.push(Step::Deliver {
+            pair,
+            packets: 1,
+            loses: false,
+        });
+        before.push(Step::Acknowledge { pair, requests: 1 });
+    }
+    let at = |moment| Moment::ALL.iter().position(|one| *one == moment);
+    let at = |moment| at(moment).expect("a moment");
+    let given_up = Round {
+        before,
+        between: vec![
+            (at(Moment::Closed), Step::Arm { side: 0 }),
+            (at(Moment::Drained), Step::Poll { side: 0 }),
+        ],
+        deaths: vec![at(Moment::Drained)],
+    };
+    let later = Round {
+        before: vec![Step::TakeEvents { side: 0 }],
+        between: vec![],
+        deaths: vec![],
+    };
+    let folder = runtime_dir();
+    apart(|| play(&folder, 0, false, None, &[plan], &[given_up, later]));
 }
