@@ -1,15 +1,48 @@
-//! The lock of a queue: one atomic decrement to take, one store to give back.
+//! The lock of a queue: one atomic decrement to take, one store to give back. And the word beside it, which every post and poll
+//! looks at under the lock, and by which the agent closes the queue.
 //!
-//! Held for the length of one inner post or poll. The agent takes every one of them to close the gate, so a thread that
+//! The lock is held for the length of one inner post or poll. The agent takes every one of them to close the gate, so a thread that
 //! is stopped inside must not make it wait for ever: [`QueueLock::lock_before`].
 
 use std::arch::asm;
-use std::hint::spin_loop;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
 
-/// How often to try before the processor is given to somebody else.
-const SPINS: u32 = 128;
+use super::sync::{AtomicU32, Instant, Ordering, SPINS, spin_loop, yield_now};
+
+/// In the word of a queue: the agent wants the lock. A thread that posts or polls all the time would hardly ever leave it free.
+pub(crate) const WANTED: u32 = 8;
+
+/// Closes a queue: sets `bit` in its word, and does what there is to do at that moment. `false` if a thread stays inside; then the queue
+/// is as it was.
+pub(crate) fn close(
+    lock: &QueueLock,
+    word: &AtomicU32,
+    bit: u32,
+    limit: Instant,
+    at_that_moment: impl FnOnce(),
+) -> bool {
+    word.fetch_or(WANTED, Ordering::Relaxed);
+    let guard = lock.lock_before(limit);
+    if guard.is_some() {
+        word.fetch_or(bit, Ordering::Relaxed);
+        at_that_moment();
+    }
+    word.fetch_and(!WANTED, Ordering::Relaxed);
+    guard.is_some()
+}
+
+/// Leaves the lock to the agent as long as it wants it.
+pub(crate) fn step_aside<'a>(
+    lock: &'a QueueLock,
+    word: &AtomicU32,
+    mut guard: QueueGuard<'a>,
+) -> QueueGuard<'a> {
+    while word.load(Ordering::Relaxed) & WANTED != 0 {
+        drop(guard);
+        yield_now();
+        guard = lock.lock();
+    }
+    guard
+}
 
 /// 1 is free. Whoever takes it away has the lock; whoever finds it gone leaves a number below, which giving back mends.
 #[derive(Debug)]
@@ -83,7 +116,7 @@ impl QueueLock {
             if limit.is_some_and(|limit| Instant::now() >= limit) {
                 return false;
             }
-            std::thread::yield_now();
+            yield_now();
         }
     }
 }
@@ -108,41 +141,5 @@ impl Drop for QueueGuard<'_> {
     fn drop(&mut self) {
         // SAFETY: this is the guard, and it is going.
         unsafe { self.0.give_back() };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::{Duration, Instant};
-
-    use super::QueueLock;
-
-    #[test]
-    fn a_holder_that_stays_makes_the_bounded_wait_fail() {
-        let lock = QueueLock::default();
-        let held = lock.lock();
-        assert!(
-            lock.lock_before(Instant::now() + Duration::from_millis(5))
-                .is_none()
-        );
-        drop(held);
-        assert!(lock.lock_before(Instant::now()).is_some());
-    }
-
-    #[test]
-    fn only_one_thread_is_inside() {
-        let lock = QueueLock::default();
-        let inside = std::sync::atomic::AtomicU32::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..10_000 {
-                        let _held = lock.lock();
-                        assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::Relaxed), 0);
-                        inside.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
-                    }
-                });
-            }
-        });
     }
 }

@@ -15,6 +15,8 @@ pub mod context;
 pub(crate) mod gate;
 mod local_key;
 mod lock;
+#[cfg(test)]
+mod lock_tests;
 pub mod memory_region;
 mod own_pair;
 pub mod ports;
@@ -24,5 +26,6 @@ pub mod queue_pair;
 mod receive_queue;
 mod responder;
 pub mod shared_receive_queue;
+mod sync;
 
 pub use app::{AppCq, AppMr, AppQp, AppSrq};

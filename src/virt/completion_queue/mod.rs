@@ -16,7 +16,7 @@ use rdma_core_sys::{IBV_WC_WR_FLUSH_ERR, ibv_comp_channel, ibv_context, ibv_cq, 
 use super::AppCq;
 use super::channel::{Channel, wait_until_acknowledged};
 use super::context::Context;
-use super::lock::{QueueGuard, QueueLock};
+use super::lock::{self, QueueGuard, QueueLock};
 use super::process::{Registered, process};
 use crate::errno::{Errno, Verb};
 
@@ -24,8 +24,6 @@ use crate::errno::{Errno, Verb};
 const HELD: u32 = 1;
 const CLOSED: u32 = 2;
 const TRANSLATE: u32 = 4;
-/// The agent wants the lock. A thread that polls all the time would hardly ever leave it free.
-const WANTED: u32 = 8;
 
 /// Marks the owner of a [`SlotHead`] as a shared receive queue (objects are aligned, the bit is free).
 pub(crate) const SHARED: usize = 1;
@@ -38,7 +36,7 @@ type Poll = unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int;
 pub struct CompletionQueue {
     app: AppCq,
     lock: QueueLock,
-    /// Changed under the lock, but for [`WANTED`].
+    /// Changed under the lock, but for [`lock::WANTED`].
     general: AtomicU32,
     state: UnsafeCell<State>,
     pub(crate) context: &'static Context,
@@ -281,13 +279,7 @@ impl CompletionQueue {
 
     /// Closes the gate of this queue: polls serve what is held back.
     pub(crate) fn close(&self, limit: Instant) -> bool {
-        self.general.fetch_or(WANTED, Ordering::Relaxed);
-        let guard = self.lock.lock_before(limit);
-        if guard.is_some() {
-            self.general.fetch_or(CLOSED, Ordering::Relaxed);
-        }
-        self.general.fetch_and(!WANTED, Ordering::Relaxed);
-        guard.is_some()
+        lock::close(&self.lock, &self.general, CLOSED, limit, || {})
     }
 
     pub(crate) fn open(&self) {

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 
 use rdma_core_sys::{IBV_WC_RECV, IBV_WC_SUCCESS, ibv_cq, ibv_wc};
 
-use super::{CLOSED, CompletionQueue, HELD, Locked, SHARED, TRANSLATE, WANTED};
+use super::{CLOSED, CompletionQueue, HELD, Locked, SHARED, TRANSLATE};
 use crate::log::SlotHead;
-use crate::virt::lock::{QueueGuard, forget_origin};
+use crate::virt::lock::{QueueGuard, WANTED, forget_origin};
 use crate::virt::process::{lock, process};
 use crate::virt::queue_pair::{QueuePair, rewrite_datagram};
 

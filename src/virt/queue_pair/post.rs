@@ -8,10 +8,10 @@ use rdma_core_sys::{IBV_WR_SEND, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge};
 
 use super::QueuePair;
 use super::post_general::{remote_key, remote_key_place};
-use super::send_queue::{SendQueue, TRANSLATE, WANTED};
+use super::send_queue::{SendQueue, TRANSLATE};
 use crate::log::copy_payload;
 use crate::virt::context::Context;
-use crate::virt::lock::{QueueGuard, forget_origin};
+use crate::virt::lock::{QueueGuard, forget_origin, step_aside};
 
 /// `ibv_post_send`.
 ///
@@ -262,12 +262,7 @@ impl SendQueue {
         first: *mut ibv_send_wr,
         bad: *mut *mut ibv_send_wr,
     ) -> c_int {
-        let mut guard = guard;
-        while self.general.load(Ordering::Relaxed) & WANTED != 0 {
-            drop(guard);
-            std::thread::yield_now();
-            guard = self.lock.lock();
-        }
+        let _guard = step_aside(&self.lock, &self.general, guard);
         let general = self.general.load(Ordering::Relaxed);
         // SAFETY: the lock is held; the caller vouches for the chain.
         unsafe { (*self.state.get()).post_general(general, context, first, bad) }

@@ -8,7 +8,7 @@ use rdma_core_sys::{
     ibv_sge,
 };
 
-use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE, WANTED};
+use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE};
 use crate::errno::{Errno, Verb};
 use crate::handle::VirtualKey;
 use crate::log::SendSlot;
@@ -16,6 +16,7 @@ use crate::translate::Directory;
 use crate::virt::address_handle::AddressHandle;
 use crate::virt::context::Context;
 use crate::virt::local_key::local_key;
+use crate::virt::lock::WANTED;
 
 /// The two kinds of SEND, which name no remote key, differ in the lowest bit.
 const _: () = assert!(IBV_WR_SEND & 1 == 0 && IBV_WR_SEND_WITH_IMM == IBV_WR_SEND | 1);

@@ -14,7 +14,7 @@ use crate::log::{SendRing, SendSlot};
 use crate::translate::KeyTable;
 use crate::virt::context::Context;
 use crate::virt::local_key::LastKey;
-use crate::virt::lock::QueueLock;
+use crate::virt::lock::{self, QueueLock};
 use crate::virt::process::process;
 
 /// Why a request cannot simply be logged and posted. Zero is the fast path.
@@ -22,8 +22,6 @@ pub(super) const HOLD: u32 = 1;
 pub(super) const TRANSLATE: u32 = 2;
 /// Datagrams name our address handle, the hardware wants its own.
 pub(super) const DATAGRAM: u32 = 4;
-/// The agent wants the lock. A thread that posts all the time would hardly ever leave it free.
-pub(super) const WANTED: u32 = 8;
 /// The device below cannot tell how far a responder came, so entries note how many receives of the peer they use up.
 pub(super) const COUNTED: u32 = 16;
 
@@ -38,7 +36,7 @@ pub(crate) type PostSend =
 #[repr(C, align(64))]
 pub(super) struct SendQueue {
     pub(super) lock: QueueLock,
-    /// Changed under the lock, but for [`WANTED`].
+    /// Changed under the lock, but for [`lock::WANTED`].
     pub(super) general: AtomicU32,
     pub(super) state: UnsafeCell<State>,
 }
@@ -181,16 +179,11 @@ impl SendQueue {
 
     /// Closes the gate of this queue: from here on requests are logged and held.
     pub(super) fn close(&self, limit: Instant) -> bool {
-        self.general.fetch_or(WANTED, Ordering::Relaxed);
-        let guard = self.lock.lock_before(limit);
-        if guard.is_some() {
-            self.general.fetch_or(HOLD, Ordering::Relaxed);
+        lock::close(&self.lock, &self.general, HOLD, limit, || {
             // SAFETY: the lock is held.
             let state = unsafe { &mut *self.state.get() };
             state.held_psn = state.ring.raw_psn();
-        }
-        self.general.fetch_and(!WANTED, Ordering::Relaxed);
-        guard.is_some()
+        })
     }
 
     /// Opens it, after what was held went down.
