@@ -9,6 +9,7 @@ use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_criu,
     killed_restart, moments, outside, own_programs, rivals, stale, stock, stopped, strangers,
+    wrapped,
 };
 
 /// In which modes a case makes sense.
@@ -101,6 +102,8 @@ pub enum Action {
     KilledCriu(&'static killed_criu::KilledCriu),
     /// Restarts that are killed.
     KilledRestart,
+    /// A job on a device that does not behave.
+    Wrapped(&'static wrapped::Wrapped),
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
 }
@@ -133,6 +136,7 @@ impl Case {
             Action::KilledCriu(killed) => killed_criu::run(killed, job),
             Action::KilledRestart => killed_restart::run(job),
             Action::Failing(failing) => failures::run(failing, job),
+            Action::Wrapped(wrapped) => wrapped::run(wrapped, job),
         }
     }
 }
@@ -157,5 +161,6 @@ pub fn all() -> Vec<Case> {
     cases.extend(killed_restart::cases());
     cases.extend(failures::cases());
     cases.extend(outside::cases());
+    cases.extend(wrapped::cases());
     cases
 }

@@ -97,6 +97,7 @@ pub fn run() -> Result<bool> {
         cycles: arguments.cycles,
         pace: Duration::from_millis(arguments.pace),
         counting: arguments.counting,
+        wrapper: None,
     };
     report::run_all(&cases, &setup, &mut out)
 }

@@ -29,14 +29,15 @@ const END_LIMIT: Duration = Duration::from_secs(120);
 /// A job to cycle under.
 #[derive(Debug)]
 pub struct Cycled {
-    name: &'static str,
-    job: CycledJob,
+    pub name: &'static str,
+    pub job: CycledJob,
     /// One in this many of the cycles that the command line asks for.
-    share: u32,
+    pub share: u32,
 }
 
+/// What is cycled.
 #[derive(Debug)]
-enum CycledJob {
+pub enum CycledJob {
     /// One of our verbs programs; SIGTERM makes it finish.
     Own {
         program: &'static str,

@@ -36,3 +36,4 @@ pub mod stock;
 pub mod stopped;
 pub mod strangers;
 pub mod tree;
+pub mod wrapped;

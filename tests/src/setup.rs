@@ -33,6 +33,8 @@ pub struct Setup {
     pub pace: Duration,
     /// The machine's clock counts instructions.
     pub counting: bool,
+    /// What a wrapper around the device below the provider is to do, in the words of `tests/wrappers`.
+    pub wrapper: Option<String>,
 }
 
 impl Setup {
@@ -43,6 +45,10 @@ impl Setup {
             Mode::Bare => command.env_remove("RDMAV_DRIVERS"),
             Mode::Provider { stage } => command.env("RDMAV_DRIVERS", stage.join("lib/libreverbs")),
         };
+        if let Some(plan) = &self.wrapper {
+            command.env("REVERBS_LIBIBVERBS", self.programs.join(WRAPPER));
+            command.env("REVERBS_WRAPPER", plan);
+        }
         command
     }
 
@@ -76,6 +82,9 @@ impl Setup {
         Ok(Command::new(path))
     }
 }
+
+/// The library of `tests/wrappers`, among the programs.
+pub const WRAPPER: &str = "libreverbs_wrappers.so";
 
 /// The moment at which a case has taken too long.
 #[derive(Clone, Copy, Debug)]

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: the tests of the host, then those of the test machine.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -120,12 +121,24 @@ impl Guest {
             programs: target.join("test-programs"),
         };
         stage::stage(&guest.stage)?;
-        command::run(cargo().args(["build", "--package", "reverbs-tests"]))?;
+        let packages = [
+            "--package",
+            "reverbs-tests",
+            "--package",
+            "reverbs-wrappers",
+        ];
+        command::run(cargo().arg("build").args(packages))?;
         command::run(
             Command::new(&guest.runner)
                 .arg("--build")
                 .arg(&guest.programs),
         )?;
+        let wrapper = "libreverbs_wrappers.so";
+        fs::copy(
+            target.join("debug").join(wrapper),
+            guest.programs.join(wrapper),
+        )
+        .context(wrapper)?;
         Ok(guest)
     }
 

@@ -68,6 +68,14 @@ pub const RUNS: &[Run] = &[
         timeout: 900,
         ..RUN
     },
+    // The same on a device that does not behave.
+    Run {
+        name: "wrapped",
+        cases: &["^wrapped"],
+        options: &["--cycles", "20"],
+        timeout: 900,
+        ..RUN
+    },
     // Saved and brought back.
     Run {
         name: "restarts",

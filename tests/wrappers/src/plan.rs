@@ -10,7 +10,9 @@
 //! | `fail=VERB:ERRNO` | the verb (without `ibv_`) fails |
 //! | `fail=VERB@N:ERRNO` | its Nth call fails |
 //! | `fail=VERB%P:ERRNO` | P percent of its calls fail |
-//! | `while=FILE` | verbs fail, and calls are counted, only while this file exists |
+//! | `while=FOLDER` | a verb fails, and its calls are counted, only while there is a file of its name in this folder |
+//!
+//! `modify_qp` to the error state goes by the name `stop_qp`.
 //!
 //! Posts fail in the middle of a chain too: what is in front of the request that fails goes down.
 

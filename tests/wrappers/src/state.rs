@@ -108,11 +108,8 @@ impl State {
     pub(crate) fn failure(&self, verb: &'static str) -> Option<c_int> {
         let mut planned = self.plan.failures.iter().filter(|one| one.verb == verb);
         let first = planned.next()?;
-        let now = self
-            .plan
-            .failing_while
-            .as_ref()
-            .is_none_or(|file| file.exists());
+        let folder = self.plan.failing_while.as_ref();
+        let now = folder.is_none_or(|folder| folder.join(verb).exists());
         if !now || !self.failing.load(Ordering::Relaxed) {
             return None;
         }
