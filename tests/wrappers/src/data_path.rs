@@ -175,12 +175,15 @@ unsafe fn is_losing(qp: *mut ibv_qp) -> bool {
     state().plan.lose > 0 && [IBV_QPT_UC, IBV_QPT_UD].contains(unsafe { &(*qp).qp_type })
 }
 
+/// No device gets as far as this queue pair number.
+const NOBODY: u32 = 0xff_fffe;
+
 /// Turns a message into one that its receiver does not take.
 unsafe fn lose(qp: *mut ibv_qp, request: &mut ibv_send_wr) {
     // SAFETY: see the top; the transport says which field of the union is meant.
     unsafe {
         if (*qp).qp_type == IBV_QPT_UD {
-            request.wr.ud.remote_qkey ^= 0x5a5a;
+            request.wr.ud.remote_qpn = NOBODY;
         } else if [IBV_WR_SEND, IBV_WR_SEND_WITH_IMM].contains(&request.opcode) {
             // A WRITE of no bytes does nothing.
             request.opcode = IBV_WR_RDMA_WRITE;
