@@ -1,47 +1,47 @@
-//! A forked child owns nothing of its parent's hardware.
-//!
-//! The inner C library's own handlers never run in a child, so a child must never call inside: its verbs fail with EIO. It
-//! also lets go of the inner files and mappings, which would keep the parent's device busy and the tree from being saved.
+//! The handlers around a fork: `reverbs::virt::fork` says what they are for.
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
-use kmod_compat::fds::{Process, rdma_mappings};
-use reverbs::virt::process::process;
+use reverbs::virt::fork::Fork;
 
-/// Registers the handler, once.
+use crate::native;
+
+thread_local! {
+    /// Of the fork that this thread has under way.
+    static UNDER_WAY: RefCell<Option<(Fork, native::Still)>> = const { RefCell::new(None) };
+}
+
+/// Registers the handlers, once.
 pub(crate) fn watch() {
     static ONCE: Once = Once::new();
-    // SAFETY: the handler has the signature asked for and lives as long as the library, which is never unloaded.
+    // SAFETY: the handlers have the signature asked for and live as long as the library, which is never unloaded.
     ONCE.call_once(|| unsafe {
-        libc::pthread_atfork(None, None, Some(in_child));
+        libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child));
     });
 }
 
+unsafe extern "C" fn before() {
+    guarded(|slot| *slot = Some((Fork::begin(), native::still())));
+}
+
+unsafe extern "C" fn in_parent() {
+    guarded(|slot| *slot = None);
+}
+
 unsafe extern "C" fn in_child() {
-    // A panic here has nowhere to go, and the child can live without what follows.
-    let _ = std::panic::catch_unwind(|| {
-        process().disown();
-        reverbs::agent::forget_after_fork();
-        let null = File::options().read(true).write(true).open("/dev/null");
-        for file in process().hardware_files_in_child() {
-            // SAFETY: numbers of files that the child inherited and cannot use.
-            unsafe {
-                match (&null, file.seen_by_application) {
-                    (Ok(null), true) => libc::dup3(null.as_raw_fd(), file.number, libc::O_CLOEXEC),
-                    _ => libc::close(file.number),
-                };
-            }
-        }
-        for mapping in rdma_mappings(Process::Own).unwrap_or_default() {
-            // SAFETY: the device's queues and doorbells, which only the inner library uses, and it is not called here.
-            unsafe {
-                libc::munmap(
-                    std::ptr::with_exposed_provenance_mut(mapping.start as usize),
-                    (mapping.end - mapping.start) as usize,
-                );
-            }
+    guarded(|slot| {
+        if let Some((fork, native)) = slot.take() {
+            fork.end_in_child();
+            native.forget_in_child();
         }
     });
+}
+
+/// A panic has nowhere to go here. A thread that is about to end has no place to keep anything in; its child is not told.
+fn guarded(work: impl FnOnce(&mut Option<(Fork, native::Still)>)) {
+    let _ = catch_unwind(AssertUnwindSafe(|| {
+        let _ = UNDER_WAY.try_with(|slot| work(&mut slot.borrow_mut()));
+    }));
 }

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::{Mutex, Once};
+use std::sync::{Arc, Once};
 
 use reverbs::control::socket::runtime_dir;
 use tracing_subscriber::EnvFilter;
@@ -29,7 +29,8 @@ pub(crate) fn start() {
         let _ = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_ansi(false)
-            .with_writer(Mutex::new(file))
+            // Each line is one write, so no lock is needed, which a forked child could find taken for ever.
+            .with_writer(Arc::new(file))
             .try_init();
     });
 }

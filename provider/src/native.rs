@@ -4,7 +4,7 @@
 //! what would lead it back to us.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use reverbs::device::Verbs;
 
@@ -20,14 +20,35 @@ const HIDDEN: [&str; 4] = [
 /// Names another library than the host's libibverbs for the devices below; for tests, which put a device of their own in between.
 const LIBRARY: &str = "REVERBS_LIBIBVERBS";
 
-static VERBS: OnceLock<Result<Verbs, String>> = OnceLock::new();
+type Loaded = Option<Result<&'static Verbs, &'static str>>;
+
+static VERBS: Mutex<Loaded> = Mutex::new(None);
 
 /// The verbs of the devices of this host.
 ///
 /// # Errors
 /// In words: the dynamic loader's, or the verb that is missing.
 pub(crate) fn verbs() -> Result<&'static Verbs, &'static str> {
-    VERBS.get_or_init(load).as_ref().map_err(String::as_str)
+    *still().0.get_or_insert_with(|| match load() {
+        Ok(verbs) => Ok(Box::leak(Box::new(verbs))),
+        Err(what) => Err(what.leak()),
+    })
+}
+
+/// Nobody is loading the library.
+#[derive(Debug)]
+pub(crate) struct Still(MutexGuard<'static, Loaded>);
+
+pub(crate) fn still() -> Still {
+    Still(VERBS.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+impl Still {
+    /// In a forked child the parent's library may be in any state: other threads were inside, and its C library has heard nothing
+    /// of the fork. If the child opens a device, it gets another.
+    pub(crate) fn forget_in_child(mut self) {
+        *self.0 = None;
+    }
 }
 
 fn load() -> Result<Verbs, String> {

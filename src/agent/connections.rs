@@ -54,15 +54,23 @@ impl Connections {
         frames.chain(rest).min()
     }
 
-    /// Answers whoever has asked, and lets new ones in; `ready` is about the files of [`Connections::files`].
-    pub(super) fn serve(&mut self, ready: &[bool], state: &mut State) {
+    /// All that is open.
+    pub(super) fn open_files(&self) -> Vec<RawFd> {
+        let connections = self.list.iter().map(|one| one.stream.as_raw_fd());
+        connections.chain([self.listener.as_raw_fd()]).collect()
+    }
+
+    /// Answers whoever has asked; `ready` is about the files of [`Connections::files`]. Gives the connections that are to be
+    /// closed.
+    #[must_use]
+    pub(super) fn serve(&mut self, ready: &[bool], state: &mut State) -> Vec<Connection> {
         let now = Instant::now();
         let mut released_for = None;
-        let mut ready_now = ready[1..].iter();
-        self.list.retain_mut(|connection| {
-            let is_ready = ready_now.next().is_some_and(|ready| *ready);
+        let mut ended = Vec::new();
+        let mut stay = Vec::new();
+        for (mut connection, is_ready) in self.list.drain(..).zip(&ready[1..]) {
             let was_released = state.phase() >= Phase::Released;
-            let stays = if is_ready {
+            let stays = if *is_ready {
                 connection.serve(state)
             } else {
                 connection.must_arrive_by.is_none_or(|limit| now < limit)
@@ -70,21 +78,24 @@ impl Connections {
             if !was_released && state.phase() >= Phase::Released {
                 released_for = Some(connection.stream.as_raw_fd());
             }
-            stays
-        });
+            match stays {
+                true => stay.push(connection),
+                false => ended.push(connection),
+            }
+        }
         if let Some(orchestrator) = released_for {
             // A process with a connection to the outside cannot be dumped.
-            self.list
-                .retain(|connection| connection.stream.as_raw_fd() == orchestrator);
+            let others = |one: &mut Connection| one.stream.as_raw_fd() != orchestrator;
+            ended.extend(stay.extract_if(.., others));
         }
+        self.list = stay;
         self.rests = false;
-        if ready[0] {
-            self.accept();
-        }
+        ended
     }
 
-    fn accept(&mut self) {
-        loop {
+    /// Lets in whoever is `waiting`.
+    pub(super) fn accept(&mut self, waiting: bool) {
+        while waiting && !self.rests {
             match self.listener.accept() {
                 Ok((stream, _)) => self.add(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -93,7 +104,6 @@ impl Connections {
                     // Waiting for the listener would not wait at all.
                     tracing::warn!(%error, "cannot let anybody in");
                     self.rests = true;
-                    return;
                 }
             }
         }
@@ -117,7 +127,7 @@ impl Connections {
 }
 
 #[derive(Debug)]
-struct Connection {
+pub(super) struct Connection {
     stream: UnixStream,
     incoming: Incoming,
     /// The limit of a message that has begun, or of the first.
@@ -211,7 +221,8 @@ mod tests {
 
         fn turn(&mut self) {
             let ready = vec![true; self.connections.files().len()];
-            self.connections.serve(&ready, &mut self.state);
+            drop(self.connections.serve(&ready, &mut self.state));
+            self.connections.accept(true);
         }
 
         fn answers(&mut self, client: &mut UnixStream) -> bool {

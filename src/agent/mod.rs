@@ -11,19 +11,20 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
 use self::connections::Connections;
 use self::serve::State;
 use crate::control::socket;
-use crate::virt::process::{lock, process};
+use crate::virt::process::lock;
 
 #[derive(Debug)]
-struct Handle {
+pub(crate) struct Handle {
     /// A byte here makes the thread look again at what it waits for.
     waker: File,
-    woken: RawFd,
+    /// What else it has open: its end of the pipe, the socket, connections. Changed only while the thread has this locked.
+    files: Vec<RawFd>,
 }
 
 static AGENT: Mutex<Option<Handle>> = Mutex::new(None);
@@ -41,7 +42,7 @@ pub(crate) fn rdma_core() -> &'static str {
 /// Starts the agent, if there is none in this process.
 pub(crate) fn start() {
     let mut agent = lock(&AGENT);
-    if agent.is_some() || process().is_disowned() {
+    if agent.is_some() {
         return;
     }
     match start_thread() {
@@ -60,11 +61,21 @@ pub(crate) fn wake() {
     }
 }
 
-/// In a forked child: the thread is not there, its files are the parent's.
-pub fn forget_after_fork() {
-    if let Some(agent) = lock(&AGENT).take() {
-        // SAFETY: the pipe's read end, whose only user is a thread that does not exist here.
-        unsafe { libc::close(agent.woken) };
+/// Nobody starts, wakes or ends anything of the agent's: held around a fork.
+#[derive(Debug)]
+pub(crate) struct Still(MutexGuard<'static, Option<Handle>>);
+
+pub(crate) fn still() -> Still {
+    Still(lock(&AGENT))
+}
+
+impl Still {
+    /// In a forked child: the thread is not there. Its connections must not look open when the parent has gone.
+    pub(crate) fn abandon(mut self) {
+        for file in self.0.take().into_iter().flat_map(|agent| agent.files) {
+            // SAFETY: files whose only user is a thread that does not exist here.
+            unsafe { libc::close(file) };
+        }
     }
 }
 
@@ -85,6 +96,7 @@ fn start_thread() -> std::io::Result<Handle> {
     // SAFETY: just made, and nobody else's.
     let waker = unsafe { File::from_raw_fd(fds[1]) };
     let woken = fds[0];
+    let files = vec![woken, listener.as_raw_fd()];
     with_signals_blocked(|| {
         std::thread::Builder::new()
             .name(socket::AGENT_THREAD.into())
@@ -99,7 +111,7 @@ fn start_thread() -> std::io::Result<Handle> {
                 .run();
             })
     })?;
-    Ok(Handle { waker, woken })
+    Ok(Handle { waker, files })
 }
 
 /// Signals are the application's: a thread inherits the mask it is made under.
@@ -140,8 +152,18 @@ impl Agent {
             if ready[events_from..].contains(&true) {
                 events::forward(self.state.phase());
             }
-            self.connections
+            let ended = self
+                .connections
                 .serve(&ready[1..events_from], &mut self.state);
+            if ready[1] || !ended.is_empty() {
+                let mut agent = lock(&AGENT);
+                drop(ended);
+                self.connections.accept(ready[1]);
+                if let Some(agent) = agent.as_mut() {
+                    agent.files = self.connections.open_files();
+                    agent.files.push(self.woken.as_raw_fd());
+                }
+            }
         }
     }
 }

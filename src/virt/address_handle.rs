@@ -38,10 +38,9 @@ pub struct AddressHandle {
 /// # Errors
 /// What the device answers.
 pub unsafe fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> Verb<*mut ibv_ah> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let (domain, attr) = unsafe { (ProtectionDomain::of(pd), *attr) };
+    let _inside = domain.context.enter()?;
     let handle = Box::new(AddressHandle {
         app: ibv_ah {
             context: domain.context.app(),
@@ -75,11 +74,10 @@ pub unsafe fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> Verb<*mut ibv_a
 /// # Errors
 /// What the device answers.
 pub unsafe fn destroy(app: *mut ibv_ah) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     unsafe {
         let handle = AddressHandle::of(app);
+        let _inside = handle.context.enter()?;
         if !handle.hardware().is_null() {
             Errno::check((handle.context.verbs.ibv_destroy_ah)(handle.hardware()))?;
         }

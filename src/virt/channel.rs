@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use rdma_core_sys::ibv_comp_channel;
 
 use super::context::Context;
+use super::fork::put_in_place;
 use super::process::{lock, process};
 use crate::device::Verbs;
 use crate::errno::{Errno, Verb};
@@ -121,6 +122,20 @@ impl EventPipe {
     /// The reader will find the end of the file.
     pub(crate) fn close_writer(&self) {
         lock(&self.writer).take();
+    }
+
+    /// In a forked child: the events are its parent's. The caller has begun the fork, so nobody was writing.
+    pub(super) fn abandon(&self, null: Option<&File>) {
+        self.close_writer();
+        let number = self.read_fd();
+        // Whoever has the lock is not in this process; then the file stays, and its events are still not read by us.
+        if self
+            .inode
+            .try_lock()
+            .is_ok_and(|known| known.is_some() && *known == inode(number).ok())
+        {
+            put_in_place(null, number);
+        }
     }
 
     /// The application still has the read end under the number we know.

@@ -14,10 +14,11 @@ use slab::Slab;
 use super::address_handle::AddressHandle;
 use super::channel::EventPipe;
 use super::completion_queue::CompletionQueue;
+use super::gate::Inside;
 use super::memory_region::MemoryRegion;
 use super::own_pair::OwnPair;
 use super::ports::{self, PortMap};
-use super::process::{Registered, lock, process};
+use super::process::{Process, Registered, lock, process};
 use super::protection_domain::ProtectionDomain;
 use super::queue_pair::QueuePair;
 use super::shared_receive_queue::SharedReceiveQueue;
@@ -31,6 +32,8 @@ use crate::translate::{Directory, KeyTable};
 #[derive(Debug)]
 pub struct Context {
     app: *mut ibv_context,
+    /// Who opened it: after a fork, the parent.
+    process: &'static Process,
     pub(crate) verbs: &'static Verbs,
     hardware: AtomicPtr<ibv_context>,
     pub(crate) objects: Mutex<Objects>,
@@ -111,7 +114,6 @@ pub unsafe fn open(
     lead_queries: LeadQueries,
 ) -> Verb<Opened> {
     let process = process();
-    process.check_owner()?;
     // The file that libibverbs opened is not needed, and while we wait for the gate a checkpoint may have to let go of it.
     // SAFETY: libibverbs has opened it and is waiting for us.
     put_aside(unsafe { (*app).cmd_fd })?;
@@ -130,6 +132,7 @@ pub unsafe fn open(
         };
         let context: &'static Context = Box::leak(Box::new(Context {
             app,
+            process,
             verbs,
             hardware: AtomicPtr::new(hardware),
             objects: Mutex::default(),
@@ -201,11 +204,11 @@ pub(crate) fn put_aside(command_file: RawFd) -> Verb<()> {
 /// `EINVAL` if `app` is not one of ours.
 pub fn close(app: *mut ibv_context) -> Verb<()> {
     let process = process();
-    if process.is_disowned() {
+    if process.has_inherited(app) {
         return Ok(());
     }
-    let _inside = process.gate.enter();
     let context = process.context(app)?;
+    let _inside = context.enter()?;
     let _events = process.events();
     process.remove_context(context);
     process
@@ -231,6 +234,17 @@ impl Context {
     #[must_use]
     pub fn app(&self) -> *mut ibv_context {
         self.app
+    }
+
+    /// Enters the gate of the control verbs.
+    ///
+    /// # Errors
+    /// `EIO` in a forked child, which owns nothing of its parent's hardware.
+    pub(crate) fn enter(&self) -> Verb<Inside<'static>> {
+        match std::ptr::eq(self.process, process()) {
+            true => Ok(self.process.gate.enter()),
+            false => Err(Errno::IO),
+        }
     }
 
     /// The context of the device below; null while released.
@@ -284,9 +298,8 @@ pub unsafe fn query_device(
     attr: *mut ibv_device_attr_ex,
     size: usize,
 ) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     let context = process().context(app)?;
+    let _inside = context.enter()?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
     unsafe {
         device::query_device_ex(context.hardware(), input, attr, size)?;
@@ -304,9 +317,8 @@ pub unsafe fn query_device(
 /// # Errors
 /// What the device answers.
 pub unsafe fn query_port(app: *mut ibv_context, port: u8, attr: *mut ibv_port_attr) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     let context = process().context(app)?;
+    let _inside = context.enter()?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
     unsafe { device::query_port(context.hardware(), port, attr)? };
     if let Some(known) = lock(&context.ports)

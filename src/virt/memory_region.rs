@@ -47,14 +47,13 @@ pub unsafe fn register(
     iova: u64,
     access: i32,
 ) -> Verb<*mut ibv_mr> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
-    if access & rdma_core_sys::IBV_ACCESS_ON_DEMAND as i32 != 0 {
-        return Err(Errno::NOT_SUPPORTED);
-    }
     // SAFETY: as the caller vouches.
     let domain = unsafe { ProtectionDomain::of(pd) };
     let context = domain.context;
+    let _inside = context.enter()?;
+    if access & rdma_core_sys::IBV_ACCESS_ON_DEMAND as i32 != 0 {
+        return Err(Errno::NOT_SUPPORTED);
+    }
     let region = Box::new(MemoryRegion {
         app: AppMr {
             public: ibv_mr {
@@ -112,11 +111,10 @@ fn collides(context: &Context, hardware: &ibv_mr) -> bool {
 /// # Errors
 /// What the device answers.
 pub unsafe fn deregister(app: *mut ibv_mr) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     unsafe {
         let region = &*app.cast::<MemoryRegion>();
+        let _inside = region.context.enter()?;
         if !region.hardware().is_null() {
             Errno::check((region.context.verbs.ibv_dereg_mr)(region.hardware()))?;
         }

@@ -12,6 +12,7 @@ mod app;
 pub mod channel;
 pub mod completion_queue;
 pub mod context;
+pub mod fork;
 pub(crate) mod gate;
 mod local_key;
 mod lock;

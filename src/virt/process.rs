@@ -1,7 +1,7 @@
 //! What there is once in a process: the gate, the open contexts, what was learnt at the last restart.
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdma_core_sys::ibv_context;
@@ -23,25 +23,25 @@ pub struct Process {
     events: Mutex<()>,
     rebuilds: AtomicU64,
     translates: AtomicBool,
-    /// This is a forked child: the hardware objects are its parent's.
-    forked: AtomicBool,
+    /// Of a forked child: what it has inherited and does not own.
+    parent: Option<&'static Process>,
 }
 
-static PROCESS: Process = Process {
-    gate: ControlGate::new(),
-    contexts: Mutex::new(Vec::new()),
-    channels: Mutex::new(Vec::new()),
-    directory: Mutex::new(None),
-    events: Mutex::new(()),
-    rebuilds: AtomicU64::new(0),
-    translates: AtomicBool::new(false),
-    forked: AtomicBool::new(false),
-};
+static FIRST: Process = Process::new(None);
+
+static CURRENT: AtomicPtr<Process> = AtomicPtr::new((&raw const FIRST).cast_mut());
 
 /// The virtual device of this process.
 #[must_use]
 pub fn process() -> &'static Process {
-    &PROCESS
+    // SAFETY: the first, or one that was leaked by `start_anew`.
+    unsafe { &*CURRENT.load(Ordering::Relaxed) }
+}
+
+/// In a forked child: what was there is the parent's, and the child begins with nothing.
+pub(super) fn start_anew() {
+    let own = Box::leak(Box::new(Process::new(Some(process()))));
+    CURRENT.store(own, Ordering::Relaxed);
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -49,6 +49,19 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Process {
+    const fn new(parent: Option<&'static Self>) -> Self {
+        Self {
+            gate: ControlGate::new(),
+            contexts: Mutex::new(Vec::new()),
+            channels: Mutex::new(Vec::new()),
+            directory: Mutex::new(None),
+            events: Mutex::new(()),
+            rebuilds: AtomicU64::new(0),
+            translates: AtomicBool::new(false),
+            parent,
+        }
+    }
+
     /// Open contexts, in the order in which they were opened.
     #[must_use]
     pub fn contexts(&self) -> Vec<&'static Context> {
@@ -66,13 +79,31 @@ impl Process {
     /// The context the application knows by this pointer.
     ///
     /// # Errors
-    /// `EINVAL` if it is not one of ours.
+    /// `EIO` if it was opened before this process was forked; `EINVAL` if it is not one of ours.
     pub fn context(&self, app: *mut ibv_context) -> Verb<&'static Context> {
-        lock(&self.contexts)
+        let own = lock(&self.contexts)
             .iter()
             .find(|context| context.app() == app)
-            .copied()
-            .ok_or(Errno::INVALID)
+            .copied();
+        own.ok_or(match self.has_inherited(app) {
+            true => Errno::IO,
+            false => Errno::INVALID,
+        })
+    }
+
+    /// This process is a forked child and has got the context from its parent, which owns the hardware.
+    pub(crate) fn has_inherited(&self, app: *mut ibv_context) -> bool {
+        self.parent
+            .is_some_and(|parent| !matches!(parent.context(app), Err(Errno::INVALID)))
+    }
+
+    /// Held around a fork, so that the child finds these in order: events, channels, contexts.
+    pub(super) fn still(&'static self) -> Still {
+        Still {
+            _events: self.events(),
+            channels: self.channels(),
+            contexts: lock(&self.contexts),
+        }
     }
 
     pub(crate) fn channels(&self) -> MutexGuard<'_, Vec<Arc<Channel>>> {
@@ -110,67 +141,14 @@ impl Process {
     pub fn translates(&self) -> bool {
         self.translates.load(Ordering::Acquire)
     }
-
-    /// # Errors
-    /// `EIO` in a forked child, which owns no hardware.
-    pub(crate) fn check_owner(&self) -> Verb<()> {
-        if self.forked.load(Ordering::Acquire) {
-            Err(Errno::IO)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// The calling process is a forked child.
-    pub fn disown(&self) {
-        self.forked.store(true, Ordering::Release);
-    }
-
-    /// In a forked child: the files that lead to the parent's hardware. Locks that another thread of the parent held at the
-    /// fork are never given back here, so none is waited for.
-    #[must_use]
-    pub fn hardware_files_in_child(&self) -> Vec<HardwareFile> {
-        let mut files = Vec::new();
-        let mut add = |number, seen_by_application| {
-            files.push(HardwareFile {
-                number,
-                seen_by_application,
-            })
-        };
-        if let Ok(contexts) = self.contexts.try_lock() {
-            for context in contexts.iter() {
-                // SAFETY: the child has a copy of both objects; only numbers are read.
-                unsafe {
-                    add((*context.app()).cmd_fd, true);
-                    if let Some(hardware) = context.hardware().as_ref() {
-                        add(hardware.cmd_fd, false);
-                        add(hardware.async_fd, false);
-                    }
-                }
-            }
-        }
-        if let Ok(channels) = self.channels.try_lock() {
-            // SAFETY: as above.
-            let hardware = channels
-                .iter()
-                .filter_map(|channel| unsafe { channel.hardware().as_ref() });
-            hardware.for_each(|hardware| add(hardware.fd, false));
-        }
-        files
-    }
-
-    #[must_use]
-    pub fn is_disowned(&self) -> bool {
-        self.forked.load(Ordering::Acquire)
-    }
 }
 
-/// A file that leads to the hardware.
-#[derive(Clone, Copy, Debug)]
-pub struct HardwareFile {
-    pub number: i32,
-    /// The application may name this number, so it must stay open on something.
-    pub seen_by_application: bool,
+/// What a process keeps still while it forks.
+#[derive(Debug)]
+pub(super) struct Still {
+    _events: MutexGuard<'static, ()>,
+    pub(super) channels: MutexGuard<'static, Vec<Arc<Channel>>>,
+    pub(super) contexts: MutexGuard<'static, Vec<&'static Context>>,
 }
 
 /// A pointer to an object of ours in a registry. Registries are emptied of an object before it is freed.

@@ -23,9 +23,8 @@ pub struct ProtectionDomain {
 /// # Errors
 /// What the device answers.
 pub fn alloc(app: *mut ibv_context) -> Verb<*mut ibv_pd> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     let context = process().context(app)?;
+    let _inside = context.enter()?;
     // SAFETY: the gate is held, so the hardware is there.
     let hardware = context
         .verbs
@@ -57,11 +56,10 @@ pub fn alloc(app: *mut ibv_context) -> Verb<*mut ibv_pd> {
 /// # Errors
 /// What the device answers: `EBUSY` while something uses it.
 pub unsafe fn dealloc(app: *mut ibv_pd) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     unsafe {
         let domain = ProtectionDomain::of(app);
+        let _inside = domain.context.enter()?;
         Errno::check((domain.context.verbs.ibv_dealloc_pd)(domain.hardware()))?;
         domain
             .context

@@ -44,11 +44,10 @@ unsafe impl Sync for SharedReceiveQueue {}
 /// # Errors
 /// What the device answers.
 pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> Verb<*mut ibv_srq> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let (domain, init) = unsafe { (ProtectionDomain::of(pd), &mut *init) };
     let context = domain.context;
+    let _inside = context.enter()?;
     let queue = Box::new(SharedReceiveQueue {
         app: AppSrq::default(),
         context,
@@ -93,11 +92,10 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> Verb<*mut
 /// # Errors
 /// What the device answers: `EBUSY` while a queue pair uses it.
 pub unsafe fn destroy(app: *mut ibv_srq) -> Verb<()> {
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let queue = unsafe { SharedReceiveQueue::of(app) };
     let delivered = {
-        let _inside = process().gate.enter();
+        let _inside = queue.context.enter()?;
         let _events = process().events();
         // SAFETY: the device's own.
         Errno::check(unsafe { (queue.context.verbs.ibv_destroy_srq)(queue.hardware()) })?;
@@ -130,14 +128,13 @@ pub unsafe fn destroy(app: *mut ibv_srq) -> Verb<()> {
 /// # Errors
 /// What the device answers.
 pub unsafe fn modify(app: *mut ibv_srq, attr: *mut ibv_srq_attr, mask: i32) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
-    if mask as u32 & IBV_SRQ_MAX_WR != 0 {
-        return Err(Errno::NOT_SUPPORTED);
-    }
     // SAFETY: as the caller vouches; the gate is held.
     unsafe {
         let queue = SharedReceiveQueue::of(app);
+        let _inside = queue.context.enter()?;
+        if mask as u32 & IBV_SRQ_MAX_WR != 0 {
+            return Err(Errno::NOT_SUPPORTED);
+        }
         Errno::check((queue.context.verbs.ibv_modify_srq)(
             queue.hardware(),
             attr,
@@ -158,11 +155,10 @@ pub unsafe fn modify(app: *mut ibv_srq, attr: *mut ibv_srq_attr, mask: i32) -> V
 /// # Errors
 /// What the device answers.
 pub unsafe fn query(app: *mut ibv_srq, attr: *mut ibv_srq_attr) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches; the gate is held.
     unsafe {
         let queue = SharedReceiveQueue::of(app);
+        let _inside = queue.context.enter()?;
         Errno::check((queue.context.verbs.ibv_query_srq)(queue.hardware(), attr))
     }
 }

@@ -79,9 +79,8 @@ pub unsafe fn create(
     channel: *mut ibv_comp_channel,
     vector: c_int,
 ) -> Verb<*mut ibv_cq> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     let context = process().context(app)?;
+    let _inside = context.enter()?;
     let channel = match channel.is_null() {
         true => None,
         // SAFETY: as the caller vouches; the gate is held.
@@ -132,11 +131,10 @@ pub unsafe fn create(
 /// # Errors
 /// What the device answers: `EBUSY` while a queue pair uses it.
 pub unsafe fn destroy(app: *mut ibv_cq) -> Verb<()> {
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let queue = unsafe { CompletionQueue::of(app) };
     let delivered = {
-        let _inside = process().gate.enter();
+        let _inside = queue.context.enter()?;
         let _events = process().events();
         let mut state = queue.lock();
         if !state.hardware.is_null() {
@@ -179,10 +177,9 @@ pub unsafe fn destroy(app: *mut ibv_cq) -> Verb<()> {
 /// # Errors
 /// What the device answers.
 pub unsafe fn resize(app: *mut ibv_cq, capacity: c_int) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let queue = unsafe { CompletionQueue::of(app) };
+    let _inside = queue.context.enter()?;
     let mut state = queue.lock();
     // SAFETY: the gate is held, so the hardware is there; nobody polls, as the lock is held.
     unsafe {

@@ -76,10 +76,9 @@ unsafe impl Sync for QueuePair {}
 /// # Errors
 /// What the device answers; `EOPNOTSUPP` for a transport that is not RC, UC or UD.
 pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut ibv_qp> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let (domain, init) = unsafe { (ProtectionDomain::of(pd), &mut *init) };
+    let _inside = domain.context.enter()?;
     if ![IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD].contains(&init.qp_type) {
         return Err(Errno::NOT_SUPPORTED);
     }
@@ -156,11 +155,10 @@ fn collides(context: &Context, number: HardwareQpn) -> bool {
 /// # Errors
 /// What the device answers.
 pub unsafe fn destroy(app: *mut ibv_qp) -> Verb<()> {
-    process().check_owner()?;
     // SAFETY: as the caller vouches.
     let pair = unsafe { QueuePair::of(app) };
     let delivered = {
-        let _inside = process().gate.enter();
+        let _inside = pair.context.enter()?;
         let _events = process().events();
         // SAFETY: the device's own; null only if a rebuild could not make it.
         unsafe {
@@ -213,11 +211,10 @@ pub unsafe fn query(
     mask: i32,
     init: *mut ibv_qp_init_attr,
 ) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
     unsafe {
         let pair = QueuePair::of(app);
+        let _inside = pair.context.enter()?;
         Errno::check((pair.context.verbs.ibv_query_qp)(
             pair.hardware(),
             attr,
@@ -254,14 +251,13 @@ pub unsafe fn query(
 /// # Errors
 /// What the device answers; `EOPNOTSUPP` for changing the capacities.
 pub unsafe fn modify(app: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: i32) -> Verb<()> {
-    let _inside = process().gate.enter();
-    process().check_owner()?;
-    if mask as u32 & IBV_QP_CAP != 0 {
-        return Err(Errno::NOT_SUPPORTED);
-    }
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
     unsafe {
         let pair = QueuePair::of(app);
+        let _inside = pair.context.enter()?;
+        if mask as u32 & IBV_QP_CAP != 0 {
+            return Err(Errno::NOT_SUPPORTED);
+        }
         let wanted = &*attr;
         if mask as u32 & IBV_QP_STATE != 0 && wanted.qp_state == IBV_QPS_INIT {
             pair.allocate_logs()?;
