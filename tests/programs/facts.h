@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0
  *
- * verbs_facts: what the classic verbs answer, one line for each fact.
+ * Programs that check what verbs answer, one line for each fact. verbs_facts has the classic verbs one by one; corners
+ * (corners.h) what they answer when the hardware was replaced meanwhile.
  *
  *   ok NAME: VALUE                 as every device must answer
  *   FAIL NAME: VALUE, expected ...
@@ -16,7 +17,10 @@
 #include "common.h"
 
 #define DEPTH 10
-#define BUFFER 65536
+#define BUFFER 1048576
+
+#define ALL_REMOTE                                                                                 \
+	(IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC)
 
 struct facts {
 	struct ibv_context *context;
@@ -32,6 +36,8 @@ struct facts {
 /* Two queue pairs of this process, joined to each other unless said otherwise. */
 struct pair {
 	struct ibv_cq *cq;
+	/* Of b, if it has one of its own. */
+	struct ibv_cq *cq_b;
 	struct ibv_srq *srq;
 	struct ibv_qp *a, *b;
 	struct ibv_qp_cap cap;
@@ -47,7 +53,29 @@ struct wish {
 	bool on_srq;
 	/* A queue pair that does not exist instead of each other. */
 	bool dead_end;
+	bool two_cqs;
+	/* For the queue of b, if it has one of its own. */
+	struct ibv_comp_channel *channel;
+	/* 0 is one retry; Soft-RoCE takes 7 for "without end". */
+	uint8_t retry_cnt;
+	/* 0 is 256 bytes. */
+	enum ibv_mtu mtu;
+	/* The first packet number in both directions. */
+	uint32_t psn;
 };
+
+/* Opens the device, says "ready", and registers memory. gid_index must be set. */
+void open_facts(struct facts *facts, const char *device);
+/* The end of the program: closes the device, says how many facts are wrong, gives the exit status. */
+int close_facts(struct facts *facts);
+
+/* Fails, naming `what`, if it did not work. */
+void must(int result, const char *what);
+
+/* The steps of bringing up a queue pair. */
+void to_init(struct ibv_qp *qp, const struct wish *wish);
+void to_rtr(const struct facts *facts, struct ibv_qp *qp, uint32_t peer, const struct wish *wish);
+void to_rts(struct ibv_qp *qp, const struct wish *wish);
 
 void make_pair(struct facts *facts, struct pair *pair, struct wish wish);
 void drop_pair(struct pair *pair);
@@ -70,12 +98,13 @@ int receive_one(struct ibv_qp *qp, uint64_t id, struct ibv_sge *sge, int sges);
 
 /* Waits for a completion: its status, or -1 when none comes in about ten seconds of polling. */
 int next_completion(struct ibv_cq *cq, struct ibv_wc *wc);
+int next_completion_within(struct ibv_cq *cq, struct ibv_wc *wc, int milliseconds);
 /* Waits for the completion with this id; others are dropped. */
 int completion_of(struct ibv_cq *cq, uint64_t id, struct ibv_wc *wc);
 int to_error(struct ibv_qp *qp);
 struct ibv_sge piece(const struct facts *facts, size_t offset, uint32_t length);
 
-/* facts_objects.c */
+/* Of verbs_facts: facts_objects.c */
 void queries(struct facts *facts);
 void creation(struct facts *facts);
 void destruction(struct facts *facts);

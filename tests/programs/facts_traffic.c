@@ -8,9 +8,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define ALL_REMOTE                                                                                 \
-	(IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC)
-
 static const struct wish connected = { .type = IBV_QPT_RC, .access = ALL_REMOTE,
 				       .state = IBV_QPS_RTS, .rnr_retry = 7 };
 

@@ -7,9 +7,9 @@ use anyhow::Result;
 
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
-    abandoned, checkpoints, costs, cycles, dead, facts, failures, faults, killed, killed_criu,
-    killed_restart, moments, outside, own_programs, rivals, stale, stock, stopped, strangers,
-    wrapped,
+    abandoned, checkpoints, corners, costs, cycles, dead, facts, failures, faults, killed,
+    killed_criu, killed_restart, moments, outside, own_programs, rivals, stale, stock, stopped,
+    strangers, wrapped,
 };
 
 /// In which modes a case makes sense.
@@ -82,6 +82,8 @@ pub enum Action {
     Saved(&'static checkpoints::Saved),
     /// A job that is saved while it starts or ends.
     Moment(&'static moments::Moment),
+    /// Objects and threads in every situation, under cycles.
+    Corners(&'static corners::Part),
     /// An orchestrator that dies.
     Killed(&'static killed::Killed),
     /// A job that is connected to a process that is not part of it.
@@ -125,6 +127,7 @@ impl Case {
             Action::Objects(objects) => costs::run_objects(objects, job),
             Action::Saved(saved) => checkpoints::run(saved, job),
             Action::Moment(moment) => moments::run(moment, job),
+            Action::Corners(part) => corners::run(part, job),
             Action::Killed(killed) => killed::run(killed, job),
             Action::Outside => outside::run(job),
             Action::Abandoned(abandoned) => abandoned::run(abandoned, job),
@@ -147,6 +150,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(own_programs::cases());
     cases.extend(faults::cases());
     cases.extend(cycles::cases());
+    cases.extend(corners::cases());
     cases.extend(costs::cases());
     cases.extend(checkpoints::cases());
     cases.extend(moments::cases());

@@ -81,9 +81,23 @@ fn check_number(what: &str, now: &BTreeSet<u64>, earlier: &BTreeSet<u64>) -> Res
     Ok(())
 }
 
+/// How often a device is open (`rdma resource show`).
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn contexts(device: &str) -> Result<u64> {
+    list("")?
+        .iter()
+        .find(|found| found["ifname"] == device)
+        .and_then(|found| found["ctx"].as_u64())
+        .with_context(|| format!("rdma does not say how often {device} is open"))
+}
+
+/// The objects of a kind; how many there are of each for "".
 fn list(kind: &str) -> Result<Vec<Value>> {
     let output = Command::new("rdma")
-        .args(["-j", "-dd", "resource", "show", kind])
+        .args(["-j", "-dd", "resource", "show"])
+        .args(Some(kind).filter(|kind| !kind.is_empty()))
         .output()
         .context("cannot start rdma (package iproute2)")?;
     ensure!(

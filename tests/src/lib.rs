@@ -8,6 +8,7 @@ pub mod abandoned;
 pub mod case;
 pub mod checkpoints;
 pub mod command_line;
+pub mod corners;
 pub mod costs;
 pub mod cycles;
 pub mod dead;

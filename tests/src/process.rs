@@ -152,6 +152,11 @@ impl Running {
             .with_context(|| format!("{}: cannot send {signal:?}", self.name))
     }
 
+    /// The file that has its standard output.
+    pub fn output_file(&self) -> &Path {
+        &self.output
+    }
+
     /// What it wrote to its standard output so far.
     ///
     /// # Errors

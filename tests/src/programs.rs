@@ -51,11 +51,28 @@ const PROGRAMS: &[Program] = &[
         compiler: "gcc",
         sources: &[
             "verbs_facts.c",
+            "facts.c",
             "facts_objects.c",
             "facts_traffic.c",
             "common.c",
         ],
         libraries: &["-libverbs"],
+    },
+    Program {
+        name: "corners",
+        compiler: "gcc",
+        sources: &[
+            "corners.c",
+            "corners_states.c",
+            "corners_posts.c",
+            "corners_events.c",
+            "corners_threads.c",
+            "corners_forks.c",
+            "stream.c",
+            "facts.c",
+            "common.c",
+        ],
+        libraries: &["-libverbs", "-pthread"],
     },
     Program {
         name: "libfaults.so",

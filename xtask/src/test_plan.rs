@@ -76,6 +76,13 @@ pub const RUNS: &[Run] = &[
         timeout: 900,
         ..RUN
     },
+    // Objects, threads and forked children in every situation.
+    Run {
+        name: "corners",
+        cases: &["^corner", "=fork-plain", "=fork-variable"],
+        timeout: 900,
+        ..RUN
+    },
     // Saved and brought back.
     Run {
         name: "restarts",
