@@ -11,7 +11,7 @@ use rdma_core_sys::{
 use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE};
 use crate::errno::{Errno, Verb};
 use crate::handle::VirtualKey;
-use crate::log::SendSlot;
+use crate::log::{SendSlot, is_simple};
 use crate::translate::Directory;
 use crate::virt::address_handle::AddressHandle;
 use crate::virt::context::Context;
@@ -91,6 +91,12 @@ impl State {
     }
 
     unsafe fn log(&mut self, general: u32, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
+        // SAFETY: as the caller vouches.
+        let wr = unsafe { &*request };
+        // Has something else where an address handle would be.
+        if general & DATAGRAM != 0 && is_simple(wr) && wr.opcode & !1 != IBV_WR_SEND {
+            return Err(Errno::INVALID);
+        }
         if general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
             return Err(Errno::NO_MEMORY);
         }
