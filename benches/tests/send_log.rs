@@ -51,7 +51,7 @@ fn log(ring: &mut SendRing, wr_id: u64, length: u32) -> Result<*mut SendSlot, Er
             let packets = if ring.is_one_packet(length) {
                 1
             } else {
-                ring.packets(length)
+                ring.packets(wr.opcode, length)
             };
             ring.log_one(&raw const wr, wr.sg_list, packets)
         } else {
@@ -218,7 +218,16 @@ fn too_many_elements_or_inline_bytes_are_refused() {
 fn packets_are_counted_at_the_edges() {
     let ring = ring();
     for (length, expected) in [(0, 1), (1, 1), (MTU, 1), (MTU + 1, 2), (1 << 31, 1 << 21)] {
-        assert_eq!(ring.packets(length), expected, "{length} bytes");
+        assert_eq!(
+            ring.packets(IBV_WR_SEND, length),
+            expected,
+            "{length} bytes"
+        );
+        assert_eq!(
+            ring.packets(IBV_WR_ATOMIC_FETCH_AND_ADD, length),
+            1,
+            "{length} bytes"
+        );
         assert_eq!(ring.is_one_packet(length), expected == 1, "{length} bytes");
     }
 }

@@ -10,8 +10,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rdma_core_sys::{
-    IBV_SEND_INLINE, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND,
-    IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
+    IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
+    IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
 };
 
 use super::SlotHead;
@@ -267,7 +267,7 @@ impl SendRing {
             } else {
                 ptr::copy_nonoverlapping(from.as_ptr(), (*slot).wr.sg_list, from.len());
             }
-            (*slot).psn_after = self.psn.wrapping_add(self.packets(length));
+            (*slot).psn_after = self.psn.wrapping_add(self.packets((*wr).opcode, length));
             Ok(slot)
         }
     }
@@ -392,7 +392,8 @@ impl SendRing {
         let length = elements
             .iter()
             .fold(0_u32, |sum, element| sum.saturating_add(element.length));
-        self.packets(length)
+        // SAFETY: as above.
+        self.packets(unsafe { (*slot).wr.opcode }, length)
     }
 
     /// The PSN sum as it is, to go back to with [`Self::undo`].
@@ -436,11 +437,14 @@ impl SendRing {
         if slot == self.end { self.base } else { slot }
     }
 
-    /// Packets of a message: a message of no bytes takes one (IBTA 9.7.1); a READ takes as many as its response.
-    /// Atomics carry 8 bytes, one packet.
+    /// Packets of a message: a message of no bytes takes one (IBTA 9.7.1); a READ takes as many as its response. An atomic
+    /// takes one, however long the memory is that its 8 bytes come back to.
     #[inline]
     #[must_use]
-    pub fn packets(&self, length: u32) -> u32 {
+    pub fn packets(&self, opcode: u32, length: u32) -> u32 {
+        if opcode >= IBV_WR_ATOMIC_CMP_AND_SWP {
+            return 1;
+        }
         let packets = (u64::from(length) + u64::from(self.mtu_mask)) >> self.mtu_shift;
         (packets as u32).max(1)
     }

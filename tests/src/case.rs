@@ -10,6 +10,8 @@ use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, facts, failures, faults, killed,
     killed_criu, killed_restart, moments, outside, own_programs, rivals, stale, stock, stopped,
     strangers, wrapped,
+    checkpoints, costs, cycles, facts, failures, faults, killed, leaks, moments, own_programs,
+    stock,
 };
 
 /// In which modes a case makes sense.
@@ -106,6 +108,8 @@ pub enum Action {
     KilledRestart,
     /// A job on a device that does not behave.
     Wrapped(&'static wrapped::Wrapped),
+    /// Objects that come and go, and what is left of them.
+    Leaks(&'static leaks::Leaks),
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
 }
@@ -138,6 +142,7 @@ impl Case {
             Action::Stale => stale::run(job),
             Action::KilledCriu(killed) => killed_criu::run(killed, job),
             Action::KilledRestart => killed_restart::run(job),
+            Action::Leaks(leaks) => leaks::run(leaks, job),
             Action::Failing(failing) => failures::run(failing, job),
             Action::Wrapped(wrapped) => wrapped::run(wrapped, job),
         }
@@ -163,6 +168,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(stale::cases());
     cases.extend(killed_criu::cases());
     cases.extend(killed_restart::cases());
+    cases.extend(leaks::cases());
     cases.extend(failures::cases());
     cases.extend(outside::cases());
     cases.extend(wrapped::cases());

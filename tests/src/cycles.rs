@@ -213,7 +213,10 @@ fn once(root: &mut Running, job: &Job<'_>, before: &Numbers, objects: Objects) -
 }
 
 /// `reverbs cycle`; gives the numbers of the hardware after it.
-fn replace_hardware(root: &Running, job: &Job<'_>) -> Result<Numbers> {
+///
+/// # Errors
+/// When it fails.
+pub fn replace_hardware(root: &Running, job: &Job<'_>) -> Result<Numbers> {
     let mut command = job.setup.reverbs()?;
     command.arg("cycle").arg(root.pid().to_string());
     process::run(

@@ -1,6 +1,6 @@
 //! The numbers that the hardware uses, as the kernel tells them: not what the provider says.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Command;
 
@@ -58,6 +58,27 @@ impl Numbers {
         check_number("queue pair number", &self.queue_pairs, &earlier.queue_pairs)?;
         check_number("key", &self.keys, &earlier.keys)
     }
+}
+
+/// How many objects of each kind programs hold on a device, as the kernel lists them.
+///
+/// # Errors
+/// When it cannot be asked.
+pub fn count_objects(device: &str) -> Result<BTreeMap<&'static str, usize>> {
+    ["ctx", "pd", "mr", "cq", "srq", "qp"]
+        .into_iter()
+        .map(|kind| {
+            let objects = list(kind)?;
+            // The kernel's own have the name of a module instead of a process; it shows it in brackets.
+            let is_of_program = |object: &&Value| {
+                object["ifname"] == device
+                    && object["comm"]
+                        .as_str()
+                        .is_none_or(|name| !name.starts_with("ib_"))
+            };
+            Ok((kind, objects.iter().filter(is_of_program).count()))
+        })
+        .collect()
 }
 
 fn check_disjoint(what: &str, now: &BTreeSet<u64>, earlier: &BTreeSet<u64>) -> Result<()> {

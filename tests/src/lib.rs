@@ -22,6 +22,7 @@ pub mod jobs;
 pub mod killed;
 pub mod killed_criu;
 pub mod killed_restart;
+pub mod leaks;
 pub mod moments;
 pub mod mpi;
 pub mod outside;

@@ -87,6 +87,12 @@ const PROGRAMS: &[Program] = &[
         libraries: &["-libverbs"],
     },
     Program {
+        name: "leaks",
+        compiler: "gcc",
+        sources: &["leaks.c", "common.c"],
+        libraries: &["-libverbs"],
+    },
+    Program {
         name: "holds",
         compiler: "gcc",
         sources: &["holds.c"],

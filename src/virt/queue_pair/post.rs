@@ -88,7 +88,7 @@ unsafe extern "C" fn post_large(
     unsafe {
         let ring = &(*QueuePair::of(app).send.state.get()).ring;
         let element = (*request).sg_list;
-        let packets = ring.packets((*element).length);
+        let packets = ring.packets((*request).opcode, (*element).length);
         post_plain(app, request, element, packets, bad)
     }
 }
@@ -153,7 +153,7 @@ unsafe extern "C" fn post_translated(
         (*state).bad = bad;
         let packets = match (*state).ring.is_one_packet((*element).length) {
             true => 1,
-            false => (*state).ring.packets((*element).length),
+            false => (*state).ring.packets((*request).opcode, (*element).length),
         };
         let slot = (*state).ring.log_one(request, element, packets);
         (*state).ring.commit(slot);
