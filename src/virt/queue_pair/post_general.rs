@@ -154,6 +154,9 @@ impl State {
         // SAFETY: the entry was logged just now.
         unsafe {
             if general & HOLD != 0 {
+                if general & TRANSLATE != 0 {
+                    translate_elements(context, &(*slot).wr, &mut self.elements)?;
+                }
                 if self.held_from.is_null() {
                     self.held_from = slot;
                 }
@@ -185,14 +188,7 @@ impl State {
                 }
             }
             if general & TRANSLATE != 0 {
-                if copy.send_flags & IBV_SEND_INLINE == 0 {
-                    for index in 0..copy.num_sge as usize {
-                        let element = *copy.sg_list.add(index);
-                        self.elements[index] = ibv_sge {
-                            lkey: local_key(context, &element)?,
-                            ..element
-                        };
-                    }
+                if translate_elements(context, &copy, &mut self.elements)? {
                     copy.sg_list = self.elements.as_mut_ptr();
                 }
                 if copy.opcode & !1 != IBV_WR_SEND {
@@ -216,4 +212,27 @@ impl State {
         }
         self.last_remote.1
     }
+}
+
+/// Puts a request's elements in the hardware's terms; `false` for inline bytes, whose keys mean nothing.
+///
+/// # Safety
+/// `request` must be that of an entry, and `to` have room for as many elements.
+unsafe fn translate_elements(
+    context: &Context,
+    request: &ibv_send_wr,
+    to: &mut [ibv_sge],
+) -> Verb<bool> {
+    if request.send_flags & IBV_SEND_INLINE != 0 {
+        return Ok(false);
+    }
+    for (index, to) in to.iter_mut().enumerate().take(request.num_sge as usize) {
+        // SAFETY: as the caller vouches.
+        let element = unsafe { *request.sg_list.add(index) };
+        *to = ibv_sge {
+            lkey: local_key(context, &element)?,
+            ..element
+        };
+    }
+    Ok(true)
 }
