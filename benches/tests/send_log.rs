@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
-use rdma_core_sys::{IBV_SEND_INLINE, IBV_WR_SEND, ibv_send_wr, ibv_sge};
+use rdma_core_sys::{
+    IBV_SEND_INLINE, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_SEND, ibv_send_wr, ibv_sge,
+};
 use reverbs::errno::Errno;
 use reverbs::handle::Psn;
 use reverbs::log::{SendRing, SendSlot};

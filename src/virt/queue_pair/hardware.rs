@@ -414,9 +414,9 @@ impl QueuePair {
     /// Opens the gate of the send queue, after what is outstanding or held went down.
     ///
     /// # Errors
-    /// What the device answers.
+    /// What the device answers; then the queue pair is in the error state.
     pub(crate) fn open(&self) -> Verb<()> {
-        self.send.open(self.context)
+        self.send.open(self.context, || self.move_to_error())
     }
 
     /// Closes it; `false` if a thread stays inside.

@@ -4,8 +4,8 @@ use std::ffi::c_int;
 use std::mem::offset_of;
 
 use rdma_core_sys::{
-    IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_send_wr,
-    ibv_sge,
+    IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_SEND,
+    IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
 };
 
 use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE};
@@ -198,6 +198,25 @@ impl State {
             }
             let mut refused = std::ptr::null_mut();
             Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))
+        }
+    }
+
+    /// Gives the hardware an empty request in place of an entry that it cannot be given. The queue pair is in the error state, so
+    /// that it comes back flushed, after those before it.
+    pub(super) unsafe fn post_empty(&mut self, general: u32, slot: *mut SendSlot) -> Verb<()> {
+        // Where it goes must be valid even so.
+        if general & DATAGRAM != 0 {
+            return Err(Errno::INVALID);
+        }
+        // SAFETY: an entry of the ring, under the lock.
+        unsafe {
+            let mut empty = (*slot).wr;
+            empty.next = std::ptr::null_mut();
+            empty.num_sge = 0;
+            empty.opcode = IBV_WR_SEND;
+            empty.send_flags = IBV_SEND_SIGNALED;
+            let mut refused = std::ptr::null_mut();
+            Errno::check((self.post)(self.hardware, &raw mut empty, &raw mut refused))
         }
     }
 

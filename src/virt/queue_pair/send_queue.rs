@@ -186,26 +186,35 @@ impl SendQueue {
         })
     }
 
-    /// Opens it, after what was held went down.
+    /// Opens it, after what was held went down. If a request cannot be given to the device, `stop` must move the queue pair to
+    /// the error state; that request and those after it come back flushed, in order.
     ///
     /// # Errors
-    /// The device refused a request that it would have taken; that one and those after it stay held.
-    pub(super) fn open(&self, context: &Context) -> Verb<()> {
+    /// Why the first of them was refused.
+    pub(super) fn open(&self, context: &Context, stop: impl Fn() -> Verb<()>) -> Verb<()> {
         self.with(|state| {
             let general = self.general.fetch_and(!HOLD, Ordering::Relaxed) & !HOLD;
             let held = std::mem::replace(&mut state.held_from, std::ptr::null_mut());
-            let mut waiting = state.ring.outstanding().skip_while(|slot| *slot != held);
+            let waiting = state.ring.outstanding().skip_while(|slot| *slot != held);
             state.ring.continue_at(state.held_psn);
-            waiting.try_for_each(|slot| {
+            let mut outcome = Ok(());
+            for slot in waiting {
                 // SAFETY: an entry of the ring that the hardware does not have.
                 unsafe {
                     state.ring.renumber(slot);
                     if general & COUNTED != 0 {
                         state.ring.count_receives(slot);
                     }
-                    state.post_slot(general, context, slot)
+                    if let Err(error) = state.post_slot(general, context, slot) {
+                        if outcome.is_ok() {
+                            stop()?;
+                            outcome = Err(error);
+                        }
+                        state.post_empty(general, slot)?;
+                    }
                 }
-            })
+            }
+            outcome
         })
     }
 
