@@ -238,7 +238,15 @@ impl ReceiveQueue {
                     continue;
                 }
                 // SAFETY: an entry of the ring, which the fresh hardware does not have yet.
-                if let Err(error) = unsafe { state.post_slot(context, slot) } {
+                let posted = unsafe {
+                    match state.post_slot(context, slot) {
+                        // Its memory was deregistered since it was posted. A message that needs it ends the queue pair in an
+                        // error; so does one that an empty receive is too short for.
+                        Err(Errno::INVALID) => state.post_empty(slot),
+                        posted => posted,
+                    }
+                };
+                if let Err(error) = posted {
                     state.detach();
                     return Err(error);
                 }
@@ -376,6 +384,17 @@ impl State {
                 };
             }
             copy.sg_list = self.elements.as_mut_ptr();
+            Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))
+        }
+    }
+
+    /// Gives the hardware an entry without its elements.
+    unsafe fn post_empty(&mut self, slot: *mut ReceiveSlot) -> Verb<()> {
+        let mut refused = std::ptr::null_mut();
+        // SAFETY: the caller has the entry under the queue's lock.
+        unsafe {
+            let mut copy = (*slot).wr;
+            copy.num_sge = 0;
             Errno::check((self.post)(self.hardware, &raw mut copy, &raw mut refused))
         }
     }
