@@ -248,7 +248,21 @@ impl ReceiveRing {
     /// How many requests have completed since the queue was made or reset.
     #[must_use]
     pub fn completed(&self) -> u64 {
-        self.sequence - self.undone - self.posted().len() as u64
+        self.sequence - self.undone - self.count_posted() as u64
+    }
+
+    /// The next request is none that [`Self::takes_plain`]: it is looked at more closely.
+    pub fn leave_plain_path(&mut self) {
+        self.cursor = self.end;
+    }
+
+    /// How many entries are posted.
+    #[must_use]
+    pub fn count_posted(&self) -> usize {
+        // SAFETY: entries of this ring.
+        self.entries()
+            .filter(|slot| unsafe { (**slot).is_posted() })
+            .count()
     }
 
     /// Posted entries, in the order in which they were posted.

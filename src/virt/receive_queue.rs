@@ -37,6 +37,8 @@ struct State {
     ring: ReceiveRing,
     /// Receives that had completed when the connection was made.
     counted_from: u64,
+    /// What was granted. The ring has more room, and without hardware nobody else counts.
+    capacity: u32,
     /// The request being posted and where to say that it is bad; kept here, not in registers saved on every call.
     request: *mut ibv_recv_wr,
     bad: *mut *mut ibv_recv_wr,
@@ -58,6 +60,7 @@ impl Default for ReceiveQueue {
             post: hold,
             ring: ReceiveRing::default(),
             counted_from: 0,
+            capacity: 0,
             request: std::ptr::null_mut(),
             bad: std::ptr::null_mut(),
             elements: Box::default(),
@@ -135,8 +138,16 @@ impl ReceiveQueue {
             let state = &mut *self.state.get();
             let mut request = first;
             while !request.is_null() {
+                if state.hardware.is_null() && state.ring.count_posted() >= state.capacity as usize
+                {
+                    *bad = request;
+                    return libc::ENOMEM;
+                }
                 let posted = state.ring.log(request).and_then(|slot| {
                     state.ring.commit(slot);
+                    if state.hardware.is_null() {
+                        state.ring.leave_plain_path();
+                    }
                     let posted = state.post_slot(context, slot);
                     if posted.is_err() {
                         state.ring.undo(slot);
@@ -158,6 +169,7 @@ impl ReceiveQueue {
         self.with(|state| {
             if !state.ring.is_allocated() {
                 state.ring = ReceiveRing::new(capacity, max_sge, owner)?;
+                state.capacity = capacity;
                 state.elements = vec![
                     ibv_sge {
                         addr: 0,
@@ -360,6 +372,7 @@ unsafe extern "C" fn take_back(queue: &ReceiveQueue, code: c_int) -> c_int {
 impl State {
     fn detach(&mut self) {
         (self.hardware, self.post) = (std::ptr::null_mut(), hold);
+        self.ring.leave_plain_path();
     }
 
     /// Gives an entry to the hardware: as it is, or from the first restart on a copy with the hardware's keys. The log
