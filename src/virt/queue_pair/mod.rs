@@ -360,6 +360,10 @@ impl QueuePair {
         }
         match attr.qp_state {
             IBV_QPS_RESET => {
+                // Completions that the hardware still holds name entries that are about to be used anew.
+                self.each_completion_queue(|queue| {
+                    queue.drain(|_| false);
+                });
                 self.send.forget_all();
                 self.receive.forget_all();
                 attributes.forget();
