@@ -8,10 +8,8 @@ use anyhow::Result;
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, facts, failures, faults, killed,
-    killed_criu, killed_restart, moments, outside, own_programs, rivals, stale, stock, stopped,
-    strangers, wrapped,
-    checkpoints, costs, cycles, facts, failures, faults, killed, leaks, moments, own_programs,
-    stock,
+    killed_criu, killed_restart, leaks, moments, outside, own_programs, rivals, stale, stock,
+    stopped, strangers, wrapped,
 };
 
 /// In which modes a case makes sense.
