@@ -17,11 +17,15 @@ int side;
 volatile sig_atomic_t asked_to_stop;
 volatile sig_atomic_t asked_to_report;
 
-static pid_t child;
+void (*before_failing)(void);
+
+static pid_t child[MAX_PROCESSES - 1];
+static int children;
 static volatile sig_atomic_t child_ended;
 
 void fail(const char *format, ...)
 {
+	void (*say_more)(void) = before_failing;
 	va_list arguments;
 
 	va_start(arguments, format);
@@ -29,6 +33,9 @@ void fail(const char *format, ...)
 	vfprintf(stderr, format, arguments);
 	fprintf(stderr, "\n");
 	va_end(arguments);
+	before_failing = NULL;
+	if (say_more)
+		say_more();
 	exit(1);
 }
 
@@ -38,6 +45,11 @@ uint64_t mix(uint64_t value)
 	value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
 	value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
 	return value ^ (value >> 31);
+}
+
+uint32_t roll(uint64_t *sequence, uint32_t sides)
+{
+	return (mix((*sequence)++) >> 16) % sides;
 }
 
 uint64_t key_of(uint64_t seed, uint64_t a, uint64_t b, uint64_t c)
@@ -144,50 +156,67 @@ static void handle_signals(void)
 	sigaction(SIGCHLD, &action, NULL);
 }
 
-int split_in_two(void)
+void split_into(int processes)
 {
 	pid_t parent = getpid();
+
+	handle_signals();
+	for (int i = 0; i < processes - 1; i++) {
+		pid_t pid = fork();
+
+		if (pid < 0)
+			fail("fork: %s", strerror(errno));
+		if (pid == 0) {
+			side = i + 1;
+			children = 0;
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			if (getppid() != parent)
+				_exit(1);
+			return;
+		}
+		child[children++] = pid;
+	}
+}
+
+int split_in_two(void)
+{
 	int ends[2];
 
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
 		fail("socketpair: %s", strerror(errno));
-	handle_signals();
-	child = fork();
-	if (child < 0)
-		fail("fork: %s", strerror(errno));
-	side = child == 0;
-	if (side) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		if (getppid() != parent)
-			_exit(1);
-	}
+	split_into(2);
 	close(ends[!side]);
 	return ends[side];
 }
 
-void join_child(void)
+void join_children(void)
 {
-	int status;
+	for (int i = 0; i < children; i++) {
+		int status;
 
-	while (waitpid(child, &status, 0) < 0)
-		if (errno != EINTR)
-			fail("waitpid: %s", strerror(errno));
-	if (!WIFEXITED(status) || WEXITSTATUS(status))
-		fail("the other process ended with wait status 0x%x", status);
+		while (waitpid(child[i], &status, 0) < 0)
+			if (errno != EINTR)
+				fail("waitpid: %s", strerror(errno));
+		if (!WIFEXITED(status) || WEXITSTATUS(status))
+			fail("process %d ended with wait status 0x%x", i + 1, status);
+	}
 }
 
-void check_peer_process(void)
+void check_processes(void)
 {
-	siginfo_t information = { 0 };
-
 	if (side || !child_ended)
 		return;
 	child_ended = 0;
-	/* SIGCHLD also comes for a child that was stopped under a tracer. */
-	if (!waitid(P_PID, child, &information, WEXITED | WNOHANG | WNOWAIT) &&
-	    information.si_pid == child && (information.si_code != CLD_EXITED || information.si_status))
-		fail("the other process is gone (code %d, status %d)", information.si_code,
-		     information.si_status);
+	for (int i = 0; i < children; i++) {
+		siginfo_t information = { 0 };
+
+		/* SIGCHLD also comes for a child that was stopped under a tracer. */
+		if (!waitid(P_PID, child[i], &information, WEXITED | WNOHANG | WNOWAIT) &&
+		    information.si_pid == child[i] &&
+		    (information.si_code != CLD_EXITED || information.si_status))
+			fail("process %d is gone (code %d, status %d)", i + 1, information.si_code,
+			     information.si_status);
+	}
 }
 
 void socket_send(int socket, const void *bytes, size_t length)
@@ -244,6 +273,76 @@ struct ibv_context *open_device(const char *name)
 	if (!context)
 		fail("there is no device %s", name);
 	return context;
+}
+
+void must(int result, const char *what)
+{
+	if (result)
+		fail("%s: %s", what, strerror(result));
+}
+
+struct ibv_mr *register_memory(struct ibv_pd *pd, void *memory, size_t length, int access)
+{
+	struct ibv_mr *mr = ibv_reg_mr(pd, memory, length, access);
+
+	if (!mr)
+		fail("ibv_reg_mr of %zu bytes, access 0x%x: %s", length, access, strerror(errno));
+	return mr;
+}
+
+struct ibv_ah_attr address_of(const struct way *way)
+{
+	return (struct ibv_ah_attr){
+		.is_global = 1,
+		.grh = { .dgid = way->gid, .sgid_index = way->gid_index, .hop_limit = 64 },
+		.dlid = way->lid,
+		.port_num = 1,
+	};
+}
+
+void initialize_qp(struct ibv_qp *qp, int access, uint32_t qkey)
+{
+	struct ibv_qp_attr attributes = { .qp_state = IBV_QPS_INIT, .port_num = 1,
+					  .qp_access_flags = access, .qkey = qkey };
+	int own = qp->qp_type == IBV_QPT_UD ? IBV_QP_QKEY : IBV_QP_ACCESS_FLAGS;
+
+	must(ibv_modify_qp(qp, &attributes,
+			   IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | own),
+	     "ibv_modify_qp to INIT");
+}
+
+void connect_qp(struct ibv_qp *qp, const struct way *way)
+{
+	struct ibv_qp_attr attributes = {
+		.qp_state = IBV_QPS_RTR,
+		.path_mtu = way->port->active_mtu < IBV_MTU_1024 ? way->port->active_mtu :
+								   IBV_MTU_1024,
+		.dest_qp_num = way->qp_num,
+		.rq_psn = way->receive_psn,
+		.max_dest_rd_atomic = way->reads,
+		.min_rnr_timer = 6,
+		.ah_attr = address_of(way),
+	};
+	int mask = IBV_QP_STATE;
+
+	if (qp->qp_type != IBV_QPT_UD)
+		mask |= IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
+	if (qp->qp_type == IBV_QPT_RC)
+		mask |= IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
+	must(ibv_modify_qp(qp, &attributes, mask), "ibv_modify_qp to RTR");
+	attributes = (struct ibv_qp_attr){
+		.qp_state = IBV_QPS_RTS,
+		.sq_psn = way->send_psn,
+		.timeout = 14,
+		.retry_cnt = 7,
+		.rnr_retry = 7,
+		.max_rd_atomic = way->reads,
+	};
+	mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
+	if (qp->qp_type == IBV_QPT_RC)
+		mask |= IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
+			IBV_QP_MAX_QP_RD_ATOMIC;
+	must(ibv_modify_qp(qp, &attributes, mask), "ibv_modify_qp to RTS");
 }
 
 uint64_t number(const char *option, const char *text)

@@ -35,7 +35,7 @@ void post_receives(struct traffic *traffic, struct stream *stream)
 		uint64_t position = stream->receives_posted + count;
 		struct layout *layout = &stream->layout[position % depth];
 
-		make_layout(traffic, layout, traffic->options.max_size);
+		make_layout(&traffic->random, layout, traffic->options.max_size, MAX_SGE);
 		wr[count] = (struct ibv_recv_wr){
 			.wr_id = receive_id(traffic, stream, position),
 			.sg_list = sge[count],
@@ -55,25 +55,14 @@ void post_receives(struct traffic *traffic, struct stream *stream)
 	stream->receives_posted += count;
 }
 
-/* Gathers what was received, checks it and everything around it, and poisons it again. */
+/* Gathers what was received, and checks it and everything around it. */
 static void check_received(struct traffic *traffic, struct stream *stream, uint64_t position,
 			   uint32_t length, uint64_t key, const char *what)
 {
-	const struct layout *layout = &stream->layout[position % traffic->receive_depth];
-	unsigned char *piece = receive_buffer(traffic, stream, position);
-	unsigned char content[length + 1], *to = content;
-	uint32_t left = length;
+	unsigned char content[length + 1];
 
-	for (uint32_t i = 0; i < layout->pieces; i++) {
-		uint32_t part = left < layout->length[i] ? left : layout->length[i];
-
-		memcpy(to, piece, part);
-		poison(piece, part);
-		check_poison(piece + part, layout->length[i] - part + GAP, what);
-		piece += layout->length[i] + GAP;
-		to += part;
-		left -= part;
-	}
+	gather(&stream->layout[position % traffic->receive_depth],
+	       receive_buffer(traffic, stream, position), content, length, what);
 	check_content(content, length, key, what);
 }
 
@@ -159,7 +148,7 @@ static void take_one(struct traffic *traffic, const struct ibv_wc *wc)
 	for (;; stream->verified++) {
 		enum kind kind = kind_of(traffic, !side, stream->index, stream->verified);
 
-		if (kind == SEND || kind == SEND_IMM || kind == WRITE_IMM)
+		if (is_message(kind))
 			break;
 		if (kind == WRITE)
 			check_slot(traffic, stream, stream->verified);
@@ -172,11 +161,12 @@ static void take_one(struct traffic *traffic, const struct ibv_wc *wc)
 bool take_receive_completions(struct traffic *traffic)
 {
 	struct ibv_wc wc[16];
-	int asked = 1 + roll(traffic, 16), count = ibv_poll_cq(traffic->receive_cq, asked, wc);
+	int asked = 1 + roll(&traffic->random, 16);
+	int count = ibv_poll_cq(traffic->notify.cq[RECEIVE_CQ], asked, wc);
 
 	if (count < 0)
 		fail("ibv_poll_cq: %d", count);
-	note_poll(traffic, 1, count, asked);
+	note_poll(&traffic->notify, RECEIVE_CQ, count, asked);
 	for (int i = 0; i < count; i++)
 		take_one(traffic, &wc[i]);
 	if (count && !traffic->options.rnr)

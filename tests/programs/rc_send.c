@@ -6,33 +6,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* A chain of work requests on its way to ibv_post_send. */
-struct chain {
-	uint32_t length;
-	struct ibv_send_wr wr[MAX_CHAIN];
-	struct ibv_sge sge[MAX_CHAIN][MAX_SGE];
-	/* Inline content lies in memory that is not registered and is overwritten after posting. */
-	unsigned char small[MAX_CHAIN][MAX_INLINE + MAX_SGE * GAP];
-};
-
-static const enum ibv_wr_opcode opcode[KINDS] = {
-	[SEND] = IBV_WR_SEND,
-	[SEND_IMM] = IBV_WR_SEND_WITH_IMM,
-	[WRITE] = IBV_WR_RDMA_WRITE,
-	[WRITE_IMM] = IBV_WR_RDMA_WRITE_WITH_IMM,
-	[READ] = IBV_WR_RDMA_READ,
-	[FETCH_ADD] = IBV_WR_ATOMIC_FETCH_AND_ADD,
-	[CMP_SWAP] = IBV_WR_ATOMIC_CMP_AND_SWP,
-	[ACK] = IBV_WR_RDMA_WRITE,
-};
-
-static const enum ibv_wc_opcode completed_as[KINDS] = {
-	[SEND] = IBV_WC_SEND,	      [SEND_IMM] = IBV_WC_SEND,
-	[WRITE] = IBV_WC_RDMA_WRITE,  [WRITE_IMM] = IBV_WC_RDMA_WRITE,
-	[READ] = IBV_WC_RDMA_READ,    [FETCH_ADD] = IBV_WC_FETCH_ADD,
-	[CMP_SWAP] = IBV_WC_COMP_SWAP, [ACK] = IBV_WC_RDMA_WRITE,
-};
-
 static uint32_t room(const struct stream *stream)
 {
 	return SEND_DEPTH - (stream->posted - stream->retired);
@@ -49,27 +22,21 @@ static unsigned char *ring_buffer(const struct traffic *traffic, unsigned char *
 static struct posted *begin(struct traffic *traffic, struct stream *stream, struct chain *chain,
 			    enum kind kind, bool force_signal)
 {
-	struct ibv_send_wr *wr = &chain->wr[chain->length];
 	uint64_t position = stream->posted + chain->length;
 	struct posted *posted = &stream->ring[position % SEND_DEPTH];
+	struct ibv_send_wr *wr;
 
 	*posted = (struct posted){
 		.id = key_of(traffic->options.seed, side, stream->index, position),
 		.number = stream->next_number,
 		.kind = kind,
 		.signaled = force_signal || stream->unsignaled + 1 >= MAX_UNSIGNALED ||
-			    roll(traffic, 4) == 0,
+			    roll(&traffic->random, 4) == 0,
 	};
 	stream->unsignaled = posted->signaled ? 0 : stream->unsignaled + 1;
-	*wr = (struct ibv_send_wr){
-		.wr_id = posted->id,
-		.opcode = opcode[kind],
-		.send_flags = posted->signaled ? IBV_SEND_SIGNALED : 0,
-		.sg_list = chain->sge[chain->length],
-	};
-	if (chain->length)
-		chain->wr[chain->length - 1].next = wr;
-	chain->length++;
+	wr = extend(chain, kind, posted->id);
+	if (posted->signaled)
+		wr->send_flags |= IBV_SEND_SIGNALED;
 	return posted;
 }
 
@@ -87,8 +54,7 @@ static void post(struct traffic *traffic, struct stream *stream, struct chain *c
 	for (uint32_t i = 0; i < chain->length; i++)
 		traffic->totals.operations[stream->ring[(stream->posted + i) % SEND_DEPTH].kind]++;
 	stream->posted += chain->length;
-	memset(chain->small, 0x5A, sizeof(chain->small));
-	chain->length = 0;
+	spoil(chain);
 }
 
 /* Lays the content of a message or WRITE out in pieces, inline if it may be. */
@@ -98,22 +64,18 @@ static void add_content(struct traffic *traffic, struct stream *stream, struct c
 	uint32_t index = chain->length - 1;
 	struct ibv_send_wr *wr = &chain->wr[index];
 	uint64_t position = stream->posted + index;
-	bool is_inline = posted->length <= stream->max_inline && roll(traffic, 2);
+	bool is_inline = posted->length <= stream->max_inline && roll(&traffic->random, 2);
 	unsigned char *buffer = is_inline ? chain->small[index] :
 					    ring_buffer(traffic, traffic->out, stream, position);
 	unsigned char content[posted->length + 1];
-	const unsigned char *from = content;
 	struct layout layout;
 
 	fill(content, posted->length, content_of(traffic, side, stream->index, posted->number));
-	make_layout(traffic, &layout, posted->length);
+	make_layout(&traffic->random, &layout, posted->length, MAX_SGE);
 	/* Inline content needs no key: the one given here is nobody's. */
 	wr->num_sge = make_sges(&layout, wr->sg_list, buffer,
 				is_inline ? 0xdeadbeef : traffic->out_mr->lkey);
-	for (uint32_t i = 0; i < layout.pieces; i++) {
-		memcpy((void *)(uintptr_t)wr->sg_list[i].addr, from, layout.length[i]);
-		from += layout.length[i];
-	}
+	scatter(wr, content);
 	if (is_inline)
 		wr->send_flags |= IBV_SEND_INLINE;
 	traffic->totals.bytes += posted->length;
@@ -204,7 +166,7 @@ static void add_operation(struct traffic *traffic, struct stream *stream, struct
 	if (kind == SEND_IMM || kind == WRITE_IMM)
 		wr->imm_data = htobe32(immediate_of(traffic, side, stream->index, number) |
 				       (last ? LAST_FLAG : 0));
-	if (kind != WRITE && kind != READ && roll(traffic, 4) == 0)
+	if (kind != WRITE && kind != READ && roll(&traffic->random, 4) == 0)
 		wr->send_flags |= IBV_SEND_SOLICITED;
 	stream->next_number++;
 	stream->last_sent = last;
@@ -230,7 +192,7 @@ bool send_more(struct traffic *traffic, struct stream *stream)
 {
 	uint64_t messages = traffic->options.messages;
 	struct chain chain = { 0 };
-	uint32_t wanted = 1 + roll(traffic, MAX_CHAIN);
+	uint32_t wanted = 1 + roll(&traffic->random, MAX_CHAIN);
 
 	read_acknowledgement(traffic, stream);
 	/* One place stays free for an acknowledgement. */
@@ -342,11 +304,12 @@ static void take_one(struct traffic *traffic, const struct ibv_wc *wc)
 bool take_send_completions(struct traffic *traffic)
 {
 	struct ibv_wc wc[16];
-	int asked = 1 + roll(traffic, 16), count = ibv_poll_cq(traffic->send_cq, asked, wc);
+	int asked = 1 + roll(&traffic->random, 16);
+	int count = ibv_poll_cq(traffic->notify.cq[SEND_CQ], asked, wc);
 
 	if (count < 0)
 		fail("ibv_poll_cq: %d", count);
-	note_poll(traffic, 0, count, asked);
+	note_poll(&traffic->notify, SEND_CQ, count, asked);
 	for (int i = 0; i < count; i++)
 		take_one(traffic, &wc[i]);
 	return count > 0;

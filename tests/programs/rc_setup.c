@@ -57,13 +57,11 @@ void read_options(struct options *options, int count, char **arguments)
 		fail("--max-size is from 64 to 1048576");
 }
 
-static struct ibv_mr *register_memory(struct traffic *traffic, void *memory, size_t length,
-				      int access)
+static struct ibv_mr *watched_memory(struct traffic *traffic, void *memory, size_t length,
+				     int access)
 {
-	struct ibv_mr *mr = ibv_reg_mr(traffic->pd, memory, length, access);
+	struct ibv_mr *mr = register_memory(traffic->pd, memory, length, access);
 
-	if (!mr)
-		fail("ibv_reg_mr of %zu bytes, access 0x%x: %s", length, access, strerror(errno));
 	watch_mr(&traffic->handles, mr);
 	return mr;
 }
@@ -75,21 +73,21 @@ static void make_memory(struct traffic *traffic)
 
 	traffic->out_length = options->qps * SEND_DEPTH * size;
 	traffic->out = allocate(traffic->out_length);
-	traffic->out_mr = register_memory(traffic, traffic->out, traffic->out_length, 0);
+	traffic->out_mr = watched_memory(traffic, traffic->out, traffic->out_length, 0);
 
 	traffic->results_length = options->qps * SEND_DEPTH * size;
 	traffic->results = allocate(traffic->results_length);
-	traffic->results_mr = register_memory(traffic, traffic->results, traffic->results_length,
+	traffic->results_mr = watched_memory(traffic, traffic->results, traffic->results_length,
 					      IBV_ACCESS_LOCAL_WRITE);
 
 	traffic->in_length = options->qps * traffic->receive_depth * size;
 	traffic->in = allocate(traffic->in_length);
 	traffic->in_mr =
-		register_memory(traffic, traffic->in, traffic->in_length, IBV_ACCESS_LOCAL_WRITE);
+		watched_memory(traffic, traffic->in, traffic->in_length, IBV_ACCESS_LOCAL_WRITE);
 
 	traffic->slots_length = acknowledgement_offset(traffic, options->qps);
 	traffic->slots = allocate(traffic->slots_length);
-	traffic->slots_mr = register_memory(traffic, traffic->slots, traffic->slots_length,
+	traffic->slots_mr = watched_memory(traffic, traffic->slots, traffic->slots_length,
 					    IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
 
 	traffic->library_length = options->qps * (size_t)options->max_size;
@@ -97,7 +95,7 @@ static void make_memory(struct traffic *traffic)
 	for (uint32_t page = 0; page < options->qps; page++)
 		fill(traffic->library + page * (size_t)options->max_size, options->max_size,
 		     library_key(traffic, side, page));
-	traffic->library_mr = register_memory(traffic, traffic->library, traffic->library_length,
+	traffic->library_mr = watched_memory(traffic, traffic->library, traffic->library_length,
 					      IBV_ACCESS_REMOTE_READ);
 
 	/* Two counters for each queue pair, and one that all share. */
@@ -105,13 +103,13 @@ static void make_memory(struct traffic *traffic)
 	traffic->counters = allocate(traffic->counters_length);
 	for (uint32_t i = 0; i <= 2 * options->qps; i++)
 		traffic->counters[i] = counter_start(traffic, side, i);
-	traffic->counters_mr = register_memory(traffic, traffic->counters, traffic->counters_length,
+	traffic->counters_mr = watched_memory(traffic, traffic->counters, traffic->counters_length,
 					       IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_ATOMIC);
 }
 
 static struct ibv_cq *make_cq(struct traffic *traffic, uint32_t entries)
 {
-	struct ibv_cq *cq = ibv_create_cq(traffic->context, entries, traffic, traffic->channel, 0);
+	struct ibv_cq *cq = ibv_create_cq(traffic->context, entries, traffic, traffic->notify.channel, 0);
 
 	if (!cq)
 		fail("ibv_create_cq with %u entries: %s", entries, strerror(errno));
@@ -123,70 +121,37 @@ static void make_queue_pair(struct traffic *traffic, struct stream *stream)
 {
 	struct ibv_qp_init_attr init = {
 		.qp_context = stream,
-		.send_cq = traffic->send_cq,
-		.recv_cq = traffic->receive_cq,
+		.send_cq = traffic->notify.cq[SEND_CQ],
+		.recv_cq = traffic->notify.cq[RECEIVE_CQ],
 		.cap = { SEND_DEPTH, traffic->receive_depth, MAX_SGE, MAX_SGE, 64 },
 		.qp_type = IBV_QPT_RC,
 	};
-	struct ibv_qp_attr attributes = {
-		.qp_state = IBV_QPS_INIT,
-		.port_num = 1,
-		.qp_access_flags = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ |
-				   IBV_ACCESS_REMOTE_ATOMIC,
-	};
-	int result;
 
 	stream->qp = ibv_create_qp(traffic->pd, &init);
 	if (!stream->qp)
 		fail("ibv_create_qp: %s", strerror(errno));
 	stream->max_inline =
 		init.cap.max_inline_data < MAX_INLINE ? init.cap.max_inline_data : MAX_INLINE;
-	result = ibv_modify_qp(stream->qp, &attributes,
-			       IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
-	if (result)
-		fail("ibv_modify_qp to INIT: %s", strerror(result));
+	initialize_qp(stream->qp,
+		      IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC,
+		      0);
 }
 
 static void connect_queue_pair(struct traffic *traffic, struct stream *stream)
 {
 	const struct introduction *peer = &traffic->peer;
-	struct ibv_qp_attr attributes = {
-		.qp_state = IBV_QPS_RTR,
-		.path_mtu = traffic->handles.port.active_mtu < IBV_MTU_1024 ?
-				    traffic->handles.port.active_mtu :
-				    IBV_MTU_1024,
-		.dest_qp_num = peer->qp_num[stream->index],
-		.rq_psn = peer->psn[stream->index],
-		.max_dest_rd_atomic = 4,
-		.min_rnr_timer = 6,
-		.ah_attr = {
-			.is_global = 1,
-			.grh = { .dgid = peer->gid, .sgid_index = traffic->options.gid_index,
-				 .hop_limit = 64 },
-			.dlid = peer->lid,
-			.port_num = 1,
-		},
+	struct way way = {
+		.gid = peer->gid,
+		.lid = peer->lid,
+		.qp_num = peer->qp_num[stream->index],
+		.receive_psn = peer->psn[stream->index],
+		.send_psn = traffic->self.psn[stream->index],
+		.gid_index = traffic->options.gid_index,
+		.port = &traffic->handles.port,
+		.reads = 4,
 	};
-	int result = ibv_modify_qp(stream->qp, &attributes,
-				   IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
-					   IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC |
-					   IBV_QP_MIN_RNR_TIMER);
 
-	if (result)
-		fail("ibv_modify_qp to RTR: %s", strerror(result));
-	attributes = (struct ibv_qp_attr){
-		.qp_state = IBV_QPS_RTS,
-		.sq_psn = traffic->self.psn[stream->index],
-		.timeout = 14,
-		.retry_cnt = 7,
-		.rnr_retry = 7,
-		.max_rd_atomic = 4,
-	};
-	result = ibv_modify_qp(stream->qp, &attributes,
-			       IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT |
-				       IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC);
-	if (result)
-		fail("ibv_modify_qp to RTS: %s", strerror(result));
+	connect_qp(stream->qp, &way);
 	watch_qp(&traffic->handles, stream->qp);
 }
 
@@ -215,7 +180,7 @@ void set_up(struct traffic *traffic)
 	const struct options *options = &traffic->options;
 
 	while (options->late && side == 1 && access(options->late, F_OK)) {
-		check_peer_process();
+		check_processes();
 		usleep(10000);
 	}
 	traffic->random = options->seed * 2 + side;
@@ -228,13 +193,12 @@ void set_up(struct traffic *traffic)
 		fail("ibv_alloc_pd: %s", strerror(errno));
 	watch_pd(&traffic->handles, traffic->pd);
 	if (options->events) {
-		traffic->channel = ibv_create_comp_channel(traffic->context);
-		if (!traffic->channel)
-			fail("ibv_create_comp_channel: %s", strerror(errno));
-		watch_channel(&traffic->handles, traffic->channel);
+		make_channel(&traffic->notify, traffic->context);
+		watch_channel(&traffic->handles, traffic->notify.channel);
 	}
-	traffic->send_cq = make_cq(traffic, options->qps * SEND_DEPTH);
-	traffic->receive_cq = make_cq(traffic, options->qps * traffic->receive_depth);
+	traffic->notify.context = traffic;
+	traffic->notify.cq[SEND_CQ] = make_cq(traffic, options->qps * SEND_DEPTH);
+	traffic->notify.cq[RECEIVE_CQ] = make_cq(traffic, options->qps * traffic->receive_depth);
 	make_memory(traffic);
 	for (uint32_t i = 0; i < options->qps; i++) {
 		traffic->stream[i].index = i;
@@ -251,30 +215,23 @@ void set_up(struct traffic *traffic)
 	socket_barrier(traffic->socket);
 }
 
-static void done(int result, const char *what)
-{
-	if (result)
-		fail("%s: %s", what, strerror(result));
-}
-
 void tear_down(struct traffic *traffic)
 {
-	ibv_ack_cq_events(traffic->send_cq, traffic->unacked_events[0]);
-	ibv_ack_cq_events(traffic->receive_cq, traffic->unacked_events[1]);
+	acknowledge_events(&traffic->notify);
 	for (uint32_t i = 0; i < traffic->options.qps; i++)
-		done(ibv_destroy_qp(traffic->stream[i].qp), "ibv_destroy_qp");
-	done(ibv_destroy_cq(traffic->send_cq), "ibv_destroy_cq");
-	done(ibv_destroy_cq(traffic->receive_cq), "ibv_destroy_cq");
-	if (traffic->channel)
-		done(ibv_destroy_comp_channel(traffic->channel), "ibv_destroy_comp_channel");
-	done(ibv_dereg_mr(traffic->out_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(traffic->in_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(traffic->results_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(traffic->slots_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(traffic->library_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(traffic->counters_mr), "ibv_dereg_mr");
-	done(ibv_dealloc_pd(traffic->pd), "ibv_dealloc_pd");
-	done(ibv_close_device(traffic->context), "ibv_close_device");
+		must(ibv_destroy_qp(traffic->stream[i].qp), "ibv_destroy_qp");
+	must(ibv_destroy_cq(traffic->notify.cq[SEND_CQ]), "ibv_destroy_cq");
+	must(ibv_destroy_cq(traffic->notify.cq[RECEIVE_CQ]), "ibv_destroy_cq");
+	if (traffic->notify.channel)
+		must(ibv_destroy_comp_channel(traffic->notify.channel), "ibv_destroy_comp_channel");
+	must(ibv_dereg_mr(traffic->out_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(traffic->in_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(traffic->results_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(traffic->slots_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(traffic->library_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(traffic->counters_mr), "ibv_dereg_mr");
+	must(ibv_dealloc_pd(traffic->pd), "ibv_dealloc_pd");
+	must(ibv_close_device(traffic->context), "ibv_close_device");
 	free(traffic->out);
 	free(traffic->in);
 	free(traffic->results);

@@ -73,34 +73,3 @@ size_t acknowledgement_offset(const struct traffic *traffic, uint32_t qp)
 	return options->qps * options->window * buffer_size(traffic) +
 	       qp * sizeof(struct acknowledgement);
 }
-
-uint32_t roll(struct traffic *traffic, uint32_t sides)
-{
-	return (mix(traffic->random++) >> 16) % sides;
-}
-
-void make_layout(struct traffic *traffic, struct layout *layout, uint32_t length)
-{
-	uint32_t pieces = length ? 1 + roll(traffic, MAX_SGE) : 0;
-
-	if (pieces > length)
-		pieces = length;
-	layout->pieces = pieces;
-	for (uint32_t i = 0; i < pieces; i++) {
-		uint32_t after = pieces - i - 1;
-
-		layout->length[i] = after ? 1 + roll(traffic, length - after) : length;
-		length -= layout->length[i];
-	}
-}
-
-uint32_t make_sges(const struct layout *layout, struct ibv_sge *sges, void *buffer, uint32_t key)
-{
-	uintptr_t address = (uintptr_t)buffer;
-
-	for (uint32_t i = 0; i < layout->pieces; i++) {
-		sges[i] = (struct ibv_sge){ address, layout->length[i], key };
-		address += layout->length[i] + GAP;
-	}
-	return layout->pieces;
-}

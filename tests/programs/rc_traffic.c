@@ -4,13 +4,9 @@
  */
 #include "rc_traffic.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <sched.h>
 #include <stdio.h>
-#include <string.h>
 
 /* All handles are compared again after this many loops. */
 #define CHECK_EVERY 2048
@@ -34,15 +30,15 @@ static void report(void)
 			stream->received, stream->receives_posted, stream->verified, stream->said,
 			stream->last_received);
 	}
-	fprintf(stderr, "side %d: armed %d %d, events owed %d %d\n", side, traffic.armed[0],
-		traffic.armed[1], traffic.owed[0], traffic.owed[1]);
+	fprintf(stderr, "side %d: armed %d %d, events owed %d %d\n", side, traffic.notify.armed[0],
+		traffic.notify.armed[1], traffic.notify.owed[0], traffic.notify.owed[1]);
 }
 
 static void look_at_signals(void)
 {
 	if (asked_to_report)
 		report();
-	check_peer_process();
+	check_processes();
 }
 
 static bool finished(void)
@@ -70,83 +66,12 @@ static bool work(void)
 	return busy;
 }
 
-static void arm(void)
-{
-	struct ibv_cq *cq[2] = { traffic.send_cq, traffic.receive_cq };
-
-	for (int i = 0; i < 2; i++) {
-		int result = traffic.armed[i] ? 0 : ibv_req_notify_cq(cq[i], 0);
-
-		if (result)
-			fail("ibv_req_notify_cq: %s", strerror(result));
-		traffic.armed[i] = true;
-	}
-}
-
-/* What came before the arming raises no event; what comes after the CQ was seen empty must. */
-void note_poll(struct traffic *traffic, int which, int count, int asked)
-{
-	if (traffic->settled[which] && count)
-		traffic->owed[which] = true;
-	if (traffic->armed[which] && count < asked)
-		traffic->settled[which] = true;
-}
-
-/* Takes one event; it must be one that was asked for. */
-static bool take_event(void)
-{
-	struct ibv_cq *cq;
-	void *context;
-	int which;
-
-	if (ibv_get_cq_event(traffic.channel, &cq, &context)) {
-		if (errno == EINTR || errno == EAGAIN)
-			return false;
-		fail("ibv_get_cq_event: %s", strerror(errno));
-	}
-	if ((cq != traffic.send_cq && cq != traffic.receive_cq) || context != &traffic)
-		fail("event for CQ %p with context %p, neither is ours", (void *)cq, context);
-	which = cq == traffic.receive_cq;
-	if (!traffic.armed[which])
-		fail("event for a CQ that was not armed: doubled");
-	traffic.armed[which] = traffic.settled[which] = traffic.owed[which] = false;
-	traffic.totals.events++;
-	if (++traffic.unacked_events[which] == 10) {
-		ibv_ack_cq_events(cq, 10);
-		traffic.unacked_events[which] = 0;
-	}
-	return true;
-}
-
-static bool readable(int timeout)
-{
-	struct pollfd entry = { .fd = traffic.channel->fd, .events = POLLIN };
-	int result = poll(&entry, 1, timeout);
-
-	if (result < 0 && errno != EINTR)
-		fail("poll: %s", strerror(errno));
-	return result > 0;
-}
-
-/* An event that is owed is waited for without a limit: if it is lost, the process hangs here. */
-static void collect_owed_events(void)
-{
-	while (traffic.owed[0] || traffic.owed[1]) {
-		look_at_signals();
-		if (readable(-1))
-			take_event();
-	}
-}
-
 static void wait_for_event(void)
 {
-	collect_owed_events();
-	arm();
-	if (work())
-		return;
-	if (readable(LONGEST_WAIT_MS))
-		while (readable(0) && take_event())
-			;
+	collect_owed_events(&traffic.notify);
+	arm(&traffic.notify);
+	if (!work())
+		wait_for_events(&traffic.notify, LONGEST_WAIT_MS);
 }
 
 static void run(void)
@@ -159,7 +84,7 @@ static void run(void)
 			traffic.idle = 0;
 		} else {
 			traffic.idle++;
-			if (traffic.channel)
+			if (traffic.notify.channel)
 				wait_for_event();
 			else
 				sched_yield();
@@ -170,8 +95,7 @@ static void run(void)
 		    traffic.options.seconds)
 			asked_to_stop = 1;
 	}
-	if (traffic.channel)
-		collect_owed_events();
+	collect_owed_events(&traffic.notify);
 	check_handles(&traffic.handles);
 }
 
@@ -214,13 +138,11 @@ static void check_memory(const struct totals *peer)
 
 static void print_totals(const struct totals *peer)
 {
-	static const char *const names[KINDS] = { "send",      "send_imm",  "write",	"write_imm",
-						  "read",      "fetch_add", "cmp_swap", "ack" };
 	const struct totals *own = &traffic.totals;
 
 	printf("{\"program\":\"rc_traffic\"");
 	for (int kind = 0; kind < KINDS; kind++)
-		printf(",\"%s\":%" PRIu64, names[kind], own->operations[kind] + peer->operations[kind]);
+		printf(",\"%s\":%" PRIu64, kind_name[kind], own->operations[kind] + peer->operations[kind]);
 	printf(",\"messages\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"send_completions\":%" PRIu64
 	       ",\"receive_completions\":%" PRIu64 ",\"events\":%" PRIu64
 	       ",\"handle_checks\":%" PRIu64 ",\"seconds\":%.1f,\"errors\":0}\n",
@@ -236,10 +158,8 @@ int main(int count, char **arguments)
 
 	read_options(&traffic.options, count, arguments);
 	traffic.socket = split_in_two();
+	traffic.notify.look_around = look_at_signals;
 	set_up(&traffic);
-	if (traffic.channel &&
-	    fcntl(traffic.channel->fd, F_SETFL, O_NONBLOCK))
-		fail("fcntl: %s", strerror(errno));
 	for (uint32_t i = 0; i < traffic.options.qps; i++) {
 		traffic.stream[i].added = counter_start(&traffic, !side, 2 * i);
 		traffic.stream[i].swapped = counter_start(&traffic, !side, 2 * i + 1);
@@ -250,6 +170,7 @@ int main(int count, char **arguments)
 		fflush(stdout);
 	}
 	run();
+	traffic.totals.events = traffic.notify.events;
 	traffic.totals.handle_checks = traffic.handles.checks;
 	socket_send(traffic.socket, &traffic.totals, sizeof(traffic.totals));
 	socket_receive(traffic.socket, &peer, sizeof(peer));
@@ -257,7 +178,7 @@ int main(int count, char **arguments)
 	socket_barrier(traffic.socket);
 	tear_down(&traffic);
 	if (side == 0) {
-		join_child();
+		join_children();
 		print_totals(&peer);
 	}
 	return 0;

@@ -12,20 +12,15 @@
 
 #include "common.h"
 #include "handles.h"
+#include "messages.h"
+#include "notify.h"
 
 #define MAX_QPS 32
-#define MAX_SGE 4
-#define MAX_CHAIN 8
-#define MAX_INLINE 128
 #define SEND_DEPTH 64
-/* Bytes left unused between the pieces of a scattered message. */
-#define GAP 16
 /* An unsignaled run is not longer than this. */
 #define MAX_UNSIGNALED 8
 /* The last operation of a stream says so in its immediate data. */
 #define LAST_FLAG 0x80000000u
-
-enum kind { SEND, SEND_IMM, WRITE, WRITE_IMM, READ, FETCH_ADD, CMP_SWAP, ACK, KINDS };
 
 struct options {
 	const char *device;
@@ -60,12 +55,6 @@ struct posted {
 	/* READ: key of the content. FETCH_ADD, CMP_SWAP: the value that must come back. */
 	uint64_t expected;
 	bool check_result;
-};
-
-/* Where the bytes of a message lie: pieces in one buffer, with gaps. */
-struct layout {
-	uint32_t pieces;
-	uint32_t length[MAX_SGE];
 };
 
 struct stream {
@@ -110,12 +99,7 @@ struct traffic {
 	struct handles handles;
 	struct ibv_context *context;
 	struct ibv_pd *pd;
-	struct ibv_comp_channel *channel;
-	struct ibv_cq *send_cq, *receive_cq;
-	/* Of the send and the receive CQ: armed; found empty since then, so that all that comes now
-	 * raises an event; something did come, so an event is owed. */
-	bool armed[2], settled[2], owed[2];
-	uint32_t unacked_events[2];
+	struct notify notify;
 	uint32_t receive_depth;
 	/* Memory, one region each with the least rights that do. */
 	unsigned char *out, *in, *results, *slots, *library;
@@ -134,9 +118,6 @@ void read_options(struct options *options, int count, char **arguments);
 void set_up(struct traffic *traffic);
 void tear_down(struct traffic *traffic);
 
-/* rc_traffic.c: a poll of the send (0) or receive CQ (1) gave `count` of at most `asked`. */
-void note_poll(struct traffic *traffic, int which, int count, int asked);
-
 /* rc_stream.c: what operation `number` of a queue pair of a side is. */
 enum kind kind_of(const struct traffic *traffic, int from, uint32_t qp, uint64_t number);
 uint32_t length_of(const struct traffic *traffic, int from, uint32_t qp, uint64_t number);
@@ -149,10 +130,6 @@ uint64_t proof_of(uint64_t verified);
 size_t buffer_size(const struct traffic *traffic);
 size_t slot_offset(const struct traffic *traffic, uint32_t qp, uint64_t number);
 size_t acknowledgement_offset(const struct traffic *traffic, uint32_t qp);
-/* A number nobody else has to know. */
-uint32_t roll(struct traffic *traffic, uint32_t sides);
-void make_layout(struct traffic *traffic, struct layout *layout, uint32_t length);
-uint32_t make_sges(const struct layout *layout, struct ibv_sge *sges, void *buffer, uint32_t key);
 
 /* rc_send.c. Each says whether it did anything. */
 bool send_more(struct traffic *traffic, struct stream *stream);

@@ -29,7 +29,7 @@ static void post(struct queue *queue, struct ibv_send_wr *wr, bool force_signal)
 	uint64_t position = queue->posted;
 	struct ibv_send_wr *bad = NULL;
 	bool signaled = force_signal || queue->unsignaled + 1 >= MAX_UNSIGNALED ||
-			roll(&state, 4) == 0;
+			roll(&state.random, 4) == 0;
 	int result;
 
 	wr->wr_id = key_of(state.options.seed, side, queue - state.queue, position);
@@ -105,7 +105,7 @@ static bool send_message(uint32_t which)
 				   header.length - sizeof(header) / 2, state.out_mr->lkey };
 	wr.opcode = has_immediate(flow->next) ? IBV_WR_SEND_WITH_IMM : IBV_WR_SEND;
 	wr.imm_data = htobe32(flow->next);
-	if (header.length <= 64 && roll(&state, 2))
+	if (header.length <= 64 && roll(&state.random, 2))
 		wr.send_flags |= IBV_SEND_INLINE;
 	if (flow->type == IBV_QPT_UD) {
 		wr.wr.ud.ah = state.ah[flow->from];
@@ -229,7 +229,7 @@ static void run(void)
 
 		if (asked_to_report)
 			report();
-		check_peer_process();
+		check_processes();
 		busy |= take_receive_completions(&state);
 		for (uint32_t i = 0; i < FLOWS; i++) {
 			busy |= send_acknowledgement(i);
@@ -311,7 +311,7 @@ int main(int count, char **arguments)
 	socket_barrier(state.socket);
 	tear_down(&state);
 	if (side == 0) {
-		join_child();
+		join_children();
 		print_totals(&peer);
 	}
 	return 0;

@@ -143,7 +143,6 @@ struct state {
 void read_options(struct options *options, int count, char **arguments);
 void set_up(struct state *state);
 void tear_down(struct state *state);
-uint32_t roll(struct state *state, uint32_t sides);
 uint32_t pool_size(enum pool pool);
 /* Posts every buffer of the pool that is not posted, as one chain. */
 void post_buffers(struct state *state, enum pool pool);

@@ -196,7 +196,7 @@ static void take_one(struct state *state, const struct ibv_wc *wc)
 bool take_receive_completions(struct state *state)
 {
 	struct ibv_wc wc[16];
-	int count = ibv_poll_cq(state->receive_cq, 1 + roll(state, 16), wc);
+	int count = ibv_poll_cq(state->receive_cq, 1 + roll(&state->random, 16), wc);
 
 	if (count < 0)
 		fail("ibv_poll_cq: %d", count);

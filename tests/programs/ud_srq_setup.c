@@ -35,11 +35,6 @@ void read_options(struct options *options, int count, char **arguments)
 		fail("what is \"%s\"?", arguments[optind]);
 }
 
-uint32_t roll(struct state *state, uint32_t sides)
-{
-	return (mix(state->random++) >> 16) % sides;
-}
-
 uint64_t proof_of(uint64_t number)
 {
 	return mix(number ^ 0x75647372);
@@ -67,7 +62,7 @@ void post_buffers(struct state *state, enum pool pool)
 		struct buffer *buffer = &state->buffer[i];
 		unsigned char *bytes = state->in + i * (size_t)STRIDE;
 		/* The header of a UD packet goes by itself, or ends in the middle of a piece. */
-		uint32_t split = pool == POOL_UD ? GRH_BYTES : 1 + roll(state, 200);
+		uint32_t split = pool == POOL_UD ? GRH_BYTES : 1 + roll(&state->random, 200);
 
 		if (buffer->pool != pool || buffer->posted)
 			continue;
@@ -96,16 +91,6 @@ void post_buffers(struct state *state, enum pool pool)
 		     strerror(result), bad - wr);
 }
 
-static struct ibv_mr *register_memory(struct state *state, void *memory, size_t length, int access)
-{
-	struct ibv_mr *mr = ibv_reg_mr(state->pd, memory, length, access);
-
-	if (!mr)
-		fail("ibv_reg_mr of %zu bytes: %s", length, strerror(errno));
-	watch_mr(&state->handles, mr);
-	return mr;
-}
-
 static void make_memory(struct state *state)
 {
 	size_t out = QUEUES * SEND_DEPTH * (size_t)STRIDE, in = BUFFERS * (size_t)STRIDE;
@@ -114,11 +99,14 @@ static void make_memory(struct state *state)
 	state->out = allocate(out);
 	state->in = allocate(in);
 	state->acknowledgements = allocate(acknowledgements);
-	state->out_mr = register_memory(state, state->out, out, 0);
-	state->in_mr = register_memory(state, state->in, in, IBV_ACCESS_LOCAL_WRITE);
+	state->out_mr = register_memory(state->pd, state->out, out, 0);
+	state->in_mr = register_memory(state->pd, state->in, in, IBV_ACCESS_LOCAL_WRITE);
 	state->acknowledgements_mr =
-		register_memory(state, state->acknowledgements, acknowledgements,
+		register_memory(state->pd, state->acknowledgements, acknowledgements,
 				IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
+	watch_mr(&state->handles, state->out_mr);
+	watch_mr(&state->handles, state->in_mr);
+	watch_mr(&state->handles, state->acknowledgements_mr);
 	for (uint32_t i = 0; i < BUFFERS; i++) {
 		uint32_t rest = i < SRQ_BUFFERS ? 0 : i - SRQ_BUFFERS;
 
@@ -161,19 +149,11 @@ static void make_queue_pair(struct state *state, uint32_t index)
 			 on_srq ? 0 : 2, 64 },
 		.qp_type = is_ud ? IBV_QPT_UD : is_uc ? IBV_QPT_UC : IBV_QPT_RC,
 	};
-	struct ibv_qp_attr attributes = { .qp_state = IBV_QPS_INIT, .port_num = 1, .qkey = QKEY };
 	struct ibv_qp *qp = ibv_create_qp(state->pd, &init);
-	int result;
 
 	if (!qp)
 		fail("ibv_create_qp of type %d: %s", init.qp_type, strerror(errno));
-	if (!is_ud && !is_uc)
-		attributes.qp_access_flags = IBV_ACCESS_REMOTE_WRITE;
-	result = ibv_modify_qp(qp, &attributes,
-			       IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT |
-				       (is_ud ? IBV_QP_QKEY : IBV_QP_ACCESS_FLAGS));
-	if (result)
-		fail("ibv_modify_qp to INIT: %s", strerror(result));
+	initialize_qp(qp, !is_ud && !is_uc ? IBV_ACCESS_REMOTE_WRITE : 0, QKEY);
 	state->queue[index].qp = qp;
 }
 
@@ -191,51 +171,25 @@ static void introduce(struct state *state)
 	socket_receive(state->socket, &state->peer, sizeof(state->peer));
 }
 
-static struct ibv_ah_attr way_to_peer(const struct state *state)
+/* To the queue pair of the other side with the same index. */
+static struct way way_to_peer(const struct state *state, uint32_t index)
 {
-	return (struct ibv_ah_attr){
-		.is_global = 1,
-		.grh = { .dgid = state->peer.gid,
-			 .sgid_index = state->options.gid_index,
-			 .hop_limit = 64 },
-		.dlid = state->peer.lid,
-		.port_num = 1,
+	return (struct way){
+		.gid = state->peer.gid,
+		.lid = state->peer.lid,
+		.qp_num = state->peer.qp_num[index],
+		.gid_index = state->options.gid_index,
+		.port = &state->handles.port,
+		.reads = 1,
 	};
 }
 
 static void connect_queue_pair(struct state *state, uint32_t index)
 {
-	bool is_ud = index < FIRST_RC, is_uc = index >= FIRST_UC;
-	struct ibv_qp *qp = state->queue[index].qp;
-	struct ibv_qp_attr attributes = {
-		.qp_state = IBV_QPS_RTR,
-		.path_mtu = state->handles.port.active_mtu < IBV_MTU_1024 ?
-				    state->handles.port.active_mtu :
-				    IBV_MTU_1024,
-		.dest_qp_num = state->peer.qp_num[index],
-		.max_dest_rd_atomic = 1,
-		.min_rnr_timer = 6,
-		.ah_attr = way_to_peer(state),
-	};
-	int mask = IBV_QP_STATE, result;
+	struct way way = way_to_peer(state, index);
 
-	if (!is_ud)
-		mask |= IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
-	if (!is_ud && !is_uc)
-		mask |= IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
-	result = ibv_modify_qp(qp, &attributes, mask);
-	if (result)
-		fail("ibv_modify_qp %u to RTR: %s", index, strerror(result));
-	attributes = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .timeout = 14, .retry_cnt = 7,
-					   .rnr_retry = 7, .max_rd_atomic = 1 };
-	mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
-	if (!is_ud && !is_uc)
-		mask |= IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
-			IBV_QP_MAX_QP_RD_ATOMIC;
-	result = ibv_modify_qp(qp, &attributes, mask);
-	if (result)
-		fail("ibv_modify_qp %u to RTS: %s", index, strerror(result));
-	watch_qp(&state->handles, qp);
+	connect_qp(state->queue[index].qp, &way);
+	watch_qp(&state->handles, state->queue[index].qp);
 }
 
 void set_up(struct state *state)
@@ -257,9 +211,10 @@ void set_up(struct state *state)
 		post_buffers(state, pool);
 	introduce(state);
 	for (uint32_t i = 0; i < UDS; i++) {
-		struct ibv_ah_attr way = way_to_peer(state);
+		struct way way = way_to_peer(state, i);
+		struct ibv_ah_attr address = address_of(&way);
 
-		state->ah[i] = ibv_create_ah(state->pd, &way);
+		state->ah[i] = ibv_create_ah(state->pd, &address);
 		if (!state->ah[i])
 			fail("ibv_create_ah: %s", strerror(errno));
 		watch_ah(&state->handles, state->ah[i]);
@@ -282,26 +237,20 @@ void set_up(struct state *state)
 	socket_barrier(state->socket);
 }
 
-static void done(int result, const char *what)
-{
-	if (result)
-		fail("%s: %s", what, strerror(result));
-}
-
 void tear_down(struct state *state)
 {
 	for (uint32_t i = 0; i < UDS; i++)
-		done(ibv_destroy_ah(state->ah[i]), "ibv_destroy_ah");
+		must(ibv_destroy_ah(state->ah[i]), "ibv_destroy_ah");
 	for (uint32_t i = 0; i < QUEUES; i++)
-		done(ibv_destroy_qp(state->queue[i].qp), "ibv_destroy_qp");
-	done(ibv_destroy_srq(state->srq), "ibv_destroy_srq");
-	done(ibv_destroy_cq(state->send_cq), "ibv_destroy_cq");
-	done(ibv_destroy_cq(state->receive_cq), "ibv_destroy_cq");
-	done(ibv_dereg_mr(state->out_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(state->in_mr), "ibv_dereg_mr");
-	done(ibv_dereg_mr(state->acknowledgements_mr), "ibv_dereg_mr");
-	done(ibv_dealloc_pd(state->pd), "ibv_dealloc_pd");
-	done(ibv_close_device(state->context), "ibv_close_device");
+		must(ibv_destroy_qp(state->queue[i].qp), "ibv_destroy_qp");
+	must(ibv_destroy_srq(state->srq), "ibv_destroy_srq");
+	must(ibv_destroy_cq(state->send_cq), "ibv_destroy_cq");
+	must(ibv_destroy_cq(state->receive_cq), "ibv_destroy_cq");
+	must(ibv_dereg_mr(state->out_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(state->in_mr), "ibv_dereg_mr");
+	must(ibv_dereg_mr(state->acknowledgements_mr), "ibv_dereg_mr");
+	must(ibv_dealloc_pd(state->pd), "ibv_dealloc_pd");
+	must(ibv_close_device(state->context), "ibv_close_device");
 	free(state->out);
 	free(state->in);
 	free(state->acknowledgements);

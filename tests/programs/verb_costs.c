@@ -47,12 +47,6 @@ static double now(void)
 	return time.tv_sec + time.tv_nsec * 1e-9;
 }
 
-static void done(int result, const char *what)
-{
-	if (result)
-		fail("%s: %s", what, strerror(result));
-}
-
 static void create_pair(uint32_t index)
 {
 	struct ibv_qp_init_attr init = {
@@ -66,54 +60,33 @@ static void create_pair(uint32_t index)
 
 static void connect_pair(uint32_t index)
 {
-	struct ibv_qp_attr attributes = { .qp_state = IBV_QPS_INIT, .port_num = 1 };
+	struct way way = {
+		.gid = gid,
+		.lid = port.lid,
+		.qp_num = qp[index]->qp_num,
+		.gid_index = gid_index,
+		.port = &port,
+		.reads = 1,
+	};
 
-	done(ibv_modify_qp(qp[index], &attributes,
-			   IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS),
-	     "ibv_modify_qp to INIT");
-	attributes = (struct ibv_qp_attr){
-		.qp_state = IBV_QPS_RTR,
-		.path_mtu = IBV_MTU_1024,
-		.dest_qp_num = qp[index]->qp_num,
-		.max_dest_rd_atomic = 1,
-		.min_rnr_timer = 12,
-		.ah_attr = {
-			.is_global = 1,
-			.grh = { .dgid = gid, .sgid_index = gid_index, .hop_limit = 64 },
-			.dlid = port.lid,
-			.port_num = 1,
-		},
-	};
-	done(ibv_modify_qp(qp[index], &attributes,
-			   IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
-				   IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER),
-	     "ibv_modify_qp to RTR");
-	attributes = (struct ibv_qp_attr){
-		.qp_state = IBV_QPS_RTS, .timeout = 14, .retry_cnt = 7, .rnr_retry = 7,
-		.max_rd_atomic = 1,
-	};
-	done(ibv_modify_qp(qp[index], &attributes,
-			   IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT |
-				   IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC),
-	     "ibv_modify_qp to RTS");
+	initialize_qp(qp[index], 0, 0);
+	connect_qp(qp[index], &way);
 }
 
 static void register_region(uint32_t index)
 {
-	mr[index] = ibv_reg_mr(pd, memory + index * (size_t)REGION, REGION,
-			       IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
-	if (!mr[index])
-		fail("ibv_reg_mr: %s", strerror(errno));
+	mr[index] = register_memory(pd, memory + index * (size_t)REGION, REGION,
+				    IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
 }
 
 static void destroy_pair(uint32_t index)
 {
-	done(ibv_destroy_qp(qp[index]), "ibv_destroy_qp");
+	must(ibv_destroy_qp(qp[index]), "ibv_destroy_qp");
 }
 
 static void deregister_region(uint32_t index)
 {
-	done(ibv_dereg_mr(mr[index]), "ibv_dereg_mr");
+	must(ibv_dereg_mr(mr[index]), "ibv_dereg_mr");
 }
 
 /* Seconds that one verb takes for all. */
@@ -139,8 +112,8 @@ static void send_and_check(uint32_t index, uint64_t key)
 	int missing = 2;
 
 	fill(buffer, LENGTH, key);
-	done(ibv_post_recv(qp[index], &receive, &bad_receive), "ibv_post_recv");
-	done(ibv_post_send(qp[index], &send, &bad_send), "ibv_post_send");
+	must(ibv_post_recv(qp[index], &receive, &bad_receive), "ibv_post_recv");
+	must(ibv_post_send(qp[index], &send, &bad_send), "ibv_post_send");
 	while (missing) {
 		struct ibv_wc wc;
 		int count = ibv_poll_cq(cq, 1, &wc);
@@ -249,9 +222,7 @@ int main(int count, char **arguments)
 	buffer = allocate(2 * LENGTH);
 	if (!pd || !cq)
 		fail("protection domain or completion queue: %s", strerror(errno));
-	buffer_mr = ibv_reg_mr(pd, buffer, 2 * LENGTH, IBV_ACCESS_LOCAL_WRITE);
-	if (!buffer_mr)
-		fail("ibv_reg_mr: %s", strerror(errno));
+	buffer_mr = register_memory(pd, buffer, 2 * LENGTH, IBV_ACCESS_LOCAL_WRITE);
 	if (loops)
 		run_loop();
 	else
