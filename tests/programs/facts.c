@@ -120,12 +120,6 @@ int to_error(struct ibv_qp *qp)
 	return ibv_modify_qp(qp, &attributes, IBV_QP_STATE);
 }
 
-void must(int result, const char *what)
-{
-	if (result)
-		fail("%s: %s", what, strerror(result));
-}
-
 void to_init(struct ibv_qp *qp, const struct wish *wish)
 {
 	bool ud = wish->type == IBV_QPT_UD;

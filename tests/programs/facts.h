@@ -69,8 +69,6 @@ void open_facts(struct facts *facts, const char *device);
 /* The end of the program: closes the device, says how many facts are wrong, gives the exit status. */
 int close_facts(struct facts *facts);
 
-/* Fails, naming `what`, if it did not work. */
-void must(int result, const char *what);
 
 /* The steps of bringing up a queue pair. */
 void to_init(struct ibv_qp *qp, const struct wish *wish);

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0
  *
  * faults: a library to preload into a test program that breaks one promise, so that the program can
- * be seen to notice. FAULT names the promise; it is broken once, in the parent, after some traffic.
+ * be seen to notice. FAULT names the promise; it is broken in the parent, after some traffic: once, or
+ * from then on where one time may have no effect.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <endian.h>
 #include <infiniband/verbs.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +19,7 @@
 
 static struct ibv_context_ops real;
 static const char *fault;
-static int chances;
+static atomic_int chances;
 static pid_t started;
 
 __attribute__((constructor)) static void remember_parent(void)
@@ -28,6 +31,12 @@ __attribute__((constructor)) static void remember_parent(void)
 static bool now(const char *name)
 {
 	return fault && !strcmp(fault, name) && ++chances == PATIENCE;
+}
+
+/* Whether the time for `name` has come, now and for ever. */
+static bool from_now_on(const char *name)
+{
+	return fault && !strcmp(fault, name) && ++chances >= PATIENCE;
 }
 
 static bool is_receive(const struct ibv_wc *wc)
@@ -62,6 +71,8 @@ static int poll_cq(struct ibv_cq *cq, int entries, struct ibv_wc *wc)
 		wc[0] = wc[1];
 		wc[1] = first;
 	}
+	if (is_receive(&wc[0]) && wc[0].wc_flags & IBV_WC_WITH_IMM && now("wrong-immediate"))
+		wc[0].imm_data ^= htobe32(1);
 	if (now("wrong-queue-pair-number"))
 		wc[0].qp_num++;
 	return count;
@@ -71,6 +82,7 @@ static int post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_
 {
 	bool plain = !(wr->send_flags & IBV_SEND_INLINE) && wr->num_sge && wr->sg_list->length;
 	bool message = wr->opcode == IBV_WR_SEND || wr->opcode == IBV_WR_SEND_WITH_IMM;
+	bool swap = wr->opcode == IBV_WR_ATOMIC_CMP_AND_SWP;
 	bool doubled;
 
 	if (plain && message && now("wrong-byte"))
@@ -81,7 +93,10 @@ static int post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_
 		qp->qp_num++;
 	if (message && !wr->next && now("lost-message"))
 		return 0;
-	doubled = (message && now("doubled-message")) ||
+	if (swap && from_now_on("wrong-swap"))
+		wr->wr.atomic.swap ^= 1;
+	doubled = (swap && from_now_on("doubled-swap")) ||
+		  (message && now("doubled-message")) ||
 		  (wr->opcode == IBV_WR_ATOMIC_FETCH_AND_ADD && now("doubled-atomic"));
 	if (doubled) {
 		struct ibv_send_wr copy = *wr;

@@ -7,11 +7,14 @@
 #include <inttypes.h>
 #include <sched.h>
 #include <stdio.h>
+#include <unistd.h>
 
 /* All handles are compared again after this many loops of the main thread. */
 #define CHECK_EVERY 2048
 /* News of the other side's receivers raise no event: a wait is never longer than this. */
 #define LONGEST_WAIT_MS 5
+/* After so many loops without anything to do others may need the processor more. */
+#define LONG_IDLE 64
 /* Nothing is on its way any more after this many polls without a completion. */
 #define SURELY_EMPTY 500
 
@@ -103,7 +106,10 @@ static void wait_for_work(struct worker *worker)
 	struct poller *poller = worker->poller;
 
 	if (!poller->notify.channel || pthread_mutex_trylock(&poller->lock)) {
-		sched_yield();
+		if (worker->idle < LONG_IDLE)
+			sched_yield();
+		else
+			usleep(500);
 		return;
 	}
 	collect_owed_events(&poller->notify);
@@ -219,6 +225,8 @@ int main(int count, char **arguments)
 {
 	read_options(count, arguments);
 	before_failing = report;
+	/* Many threads that poll: the command that is to stop them must get its turn. */
+	nice(10);
 	for (uint32_t i = 0; i < MAX_THREADS; i++)
 		matrix.poller[i].notify.look_around = look_around;
 	set_up();

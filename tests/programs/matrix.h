@@ -38,7 +38,7 @@
 #define GRH_BYTES 40
 #define QKEY 0x6d747278
 #define UD_LARGEST 1000
-/* A slot is not used again before its receiver has seen that the network has nothing more for it. */
+/* Places for WRITEs: a UC sender may be two windows ahead of what has been looked at. */
 #define SLOTS (2 * window)
 
 enum transport { RC, UC, UD, SRQ, TRANSPORTS, MIX = TRANSPORTS };

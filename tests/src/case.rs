@@ -10,6 +10,8 @@ use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, facts, failures, faults, killed,
     killed_criu, killed_restart, leaks, moments, outside, own_programs, rivals, stale, stock,
     stopped, strangers, wrapped,
+    checkpoints, costs, cycles, facts, failures, faults, killed, matrix, moments, own_programs,
+    stock,
 };
 
 /// In which modes a case makes sense.
@@ -69,11 +71,17 @@ pub enum Action {
     /// One of our own programs.
     Own(&'static own_programs::Own),
     /// `mpi_check` with this many ranks and rounds.
-    Mpi { ranks: u32, rounds: u32 },
+    Mpi {
+        ranks: u32,
+        rounds: u32,
+    },
     /// A program that must notice a broken promise.
     Fault(&'static faults::Fault),
     /// A job under `reverbs cycle`.
     Cycled(&'static cycles::Cycled),
+    /// `matrix`, to its end, and under cycles.
+    Matrix(&'static matrix::Row),
+    CycledMatrix(&'static matrix::Row),
     /// What the provider adds to a loop of one process.
     Loop,
     /// A cycle of a process with many objects.
@@ -125,6 +133,8 @@ impl Case {
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
             Action::Fault(fault) => faults::run(fault, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),
+            Action::Matrix(row) => matrix::run(row, job),
+            Action::CycledMatrix(row) => matrix::run_cycled(row, job),
             Action::Loop => costs::run_loop(job),
             Action::Objects(objects) => costs::run_objects(objects, job),
             Action::Saved(saved) => checkpoints::run(saved, job),
@@ -154,6 +164,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(faults::cases());
     cases.extend(cycles::cases());
     cases.extend(corners::cases());
+    cases.extend(matrix::cases());
     cases.extend(costs::cases());
     cases.extend(checkpoints::cases());
     cases.extend(moments::cases());

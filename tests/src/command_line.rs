@@ -45,6 +45,9 @@ struct Arguments {
     /// Milliseconds from the start of one cycle to the start of the next
     #[arg(long, default_value_t = 100)]
     pace: u64,
+    /// Seed of the matrix cases: content of messages, moments of cycles (default: from the clock; shown with each case)
+    #[arg(long)]
+    seed: Option<u64>,
     /// The machine's clock counts instructions (`cargo xtask vm -i`)
     #[arg(long)]
     counting: bool,
@@ -96,6 +99,9 @@ pub fn run() -> Result<bool> {
         output: std::path::absolute(arguments.output)?,
         cycles: arguments.cycles,
         pace: Duration::from_millis(arguments.pace),
+        seed: arguments
+            .seed
+            .unwrap_or_else(|| fastrand::u64(1..1_000_000)),
         counting: arguments.counting,
         wrapper: None,
     };

@@ -137,7 +137,7 @@ pub fn run(cycled: &Cycled, job: &Job<'_>) -> Result<String> {
 fn cycle_own(running: &mut Running, job: &Job<'_>, cycles: u32) -> Result<String> {
     running.wait_for_line(job.deadline, "ready")?;
     evidence::check_mode(running.pid(), &job.setup.mode)?;
-    let times = cycle(running, job, cycles, Objects::MadeAtTheStart)?;
+    let times = cycle(running, job, cycles, Objects::MadeAtTheStart, steady(job))?;
     running.signal(Signal::TERM)?;
     running.wait_for_success(job.deadline.at_most(END_LIMIT))?;
     let messages = own_programs::check_account(&running.output()?)?;
@@ -158,7 +158,7 @@ fn cycle_late(job: &Job<'_>, cycles: u32) -> Result<String> {
 fn cycle_mpi(job: &Job<'_>, ranks: u32, cycles: u32) -> Result<String> {
     let until = Until::new(&job.folder);
     let mut mpirun = mpi::start_check(job, ranks, &["--until", &until.path()])?;
-    let times = cycle(&mut mpirun, job, cycles, Objects::ComeAndGo)?;
+    let times = cycle(&mut mpirun, job, cycles, Objects::ComeAndGo, steady(job))?;
     until.now()?;
     let rounds = mpi::finish_check(&mut mpirun, ranks, job.deadline.at_most(END_LIMIT))?;
     Ok(format!("{times}, {rounds} rounds"))
@@ -166,27 +166,40 @@ fn cycle_mpi(job: &Job<'_>, ranks: u32, cycles: u32) -> Result<String> {
 
 /// When a job makes its objects.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Objects {
+pub enum Objects {
     MadeAtTheStart,
     /// UCX connects when a rank is first spoken to, and registers what is first sent.
     ComeAndGo,
 }
 
-/// Cycles the tree below and including `root`; says how long the cycles took.
-fn cycle(root: &mut Running, job: &Job<'_>, cycles: u32, objects: Objects) -> Result<String> {
+/// From the start of one cycle to the start of the next; a cycle that takes longer must not leave the job without time to run.
+fn steady(job: &Job<'_>) -> impl FnMut(Duration) -> Duration {
+    let pace = job.setup.pace;
+    move |took| pace.saturating_sub(took).max(pace / 2)
+}
+
+/// Cycles the tree below and including `root`; says how long the cycles took. `pause` says how long the job runs after a cycle that took
+/// so long, and before the first one.
+///
+/// # Errors
+/// When a cycle fails or changes nothing, or the job ends or sends nothing any more.
+pub fn cycle(
+    root: &mut Running,
+    job: &Job<'_>,
+    cycles: u32,
+    objects: Objects,
+    mut pause: impl FnMut(Duration) -> Duration,
+) -> Result<String> {
     let mut times = Vec::new();
-    let mut next = Instant::now();
     let mut numbers = Numbers::on(&job.setup.device)?;
+    let_run(root, pause(Duration::ZERO))?;
     for number in 1..=cycles {
-        pause_until(root, next)?;
         let start = Instant::now();
         numbers = once(root, job, &numbers, objects)
             .with_context(|| format!("cycle {number} of {cycles}"))?;
         times.push(start.elapsed());
-        // A cycle that takes longer than the pace must not leave the job without time to run.
-        next = (start + job.setup.pace).max(Instant::now() + job.setup.pace / 2);
+        let_run(root, pause(start.elapsed()))?;
     }
-    pause_until(root, next)?;
     times.sort_unstable();
     Ok(format!(
         "{cycles} cycles, median {:.2} s, longest {:.2} s",
@@ -229,9 +242,8 @@ pub fn replace_hardware(root: &Running, job: &Job<'_>) -> Result<Numbers> {
 }
 
 /// Lets the job run; an early end is an error.
-fn pause_until(root: &mut Running, moment: Instant) -> Result<()> {
-    let pause = Deadline::after(moment.saturating_duration_since(Instant::now()));
-    match root.wait(pause) {
+fn let_run(root: &mut Running, pause: Duration) -> Result<()> {
+    match root.wait(Deadline::after(pause)) {
         Ok(status) => anyhow::bail!("the job ended too early: {status}"),
         Err(_) => Ok(()),
     }

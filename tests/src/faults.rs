@@ -55,6 +55,26 @@ const fn ud(name: &'static str, texts: &'static [&'static str]) -> Fault {
     }
 }
 
+/// A thread that stands still for want of a completion takes a while to say so.
+const OWN: &str = "--patience 5 --messages 2000 --qps 1";
+const SHARED_CQS: &str = "--patience 5 --messages 2000 --threads 3 --share cqs --unsignaled 4";
+const SHARED_QPS: &str = "--patience 5 --messages 2000 --threads 3 --share qps --unsignaled 4";
+const UC: &str = "--patience 5 --messages 2000 --transport uc";
+const UD: &str = "--patience 5 --messages 2000 --transport ud";
+
+const fn matrix(
+    name: &'static str,
+    options: &'static str,
+    texts: &'static [&'static str],
+) -> Fault {
+    Fault {
+        name,
+        program: "matrix",
+        options,
+        noticed: Noticed::Says(texts),
+    }
+}
+
 const FAULTS: &[(&str, Fault)] = &[
     (
         "fault-rc-lost-send",
@@ -135,6 +155,95 @@ const FAULTS: &[(&str, Fault)] = &[
     (
         "fault-ud-srq-changed-handle",
         ud("changed-handle", &["qp_num", "not ours"]),
+    ),
+    (
+        "fault-matrix-lost-send-cqs",
+        matrix("lost-send-completion", SHARED_CQS, &["lost"]),
+    ),
+    (
+        "fault-matrix-lost-send-qps",
+        matrix("lost-send-completion", SHARED_QPS, &["lost"]),
+    ),
+    (
+        "fault-matrix-doubled-send-cqs",
+        matrix("doubled-send-completion", SHARED_CQS, &["doubled"]),
+    ),
+    (
+        "fault-matrix-lost-receive-own",
+        matrix("lost-receive-completion", OWN, &["lost"]),
+    ),
+    (
+        "fault-matrix-lost-receive-cqs",
+        matrix("lost-receive-completion", SHARED_CQS, &["lost"]),
+    ),
+    (
+        "fault-matrix-doubled-receive-qps",
+        matrix("doubled-receive-completion", SHARED_QPS, &["doubled"]),
+    ),
+    (
+        "fault-matrix-swapped-qps",
+        matrix("swapped-completions", SHARED_QPS, &["out of order"]),
+    ),
+    (
+        "fault-matrix-lost-message-qps",
+        matrix("lost-message", SHARED_QPS, &["lost"]),
+    ),
+    (
+        "fault-matrix-doubled-message-qps",
+        matrix("doubled-message", SHARED_QPS, &["doubled"]),
+    ),
+    (
+        "fault-matrix-doubled-message-uc",
+        matrix("doubled-message", UC, &["doubled"]),
+    ),
+    (
+        "fault-matrix-doubled-message-ud",
+        matrix("doubled-message", UD, &["doubled"]),
+    ),
+    (
+        "fault-matrix-wrong-byte",
+        matrix("wrong-byte", OWN, &["is 0x", "names lane", "doubled"]),
+    ),
+    (
+        "fault-matrix-wrong-byte-written-uc",
+        matrix("wrong-byte-written", UC, &["WRITE"]),
+    ),
+    (
+        "fault-matrix-wrong-immediate",
+        matrix(
+            "wrong-immediate",
+            OWN,
+            &["immediate data", "out of order", "opcode", "flags"],
+        ),
+    ),
+    (
+        "fault-matrix-doubled-atomic",
+        matrix("doubled-atomic", OWN, &["fetch_add", "counter"]),
+    ),
+    (
+        "fault-matrix-doubled-swap",
+        matrix("doubled-swap", OWN, &["chain of tickets"]),
+    ),
+    (
+        "fault-matrix-wrong-swap",
+        matrix("wrong-swap", OWN, &["chain of tickets"]),
+    ),
+    (
+        "fault-matrix-changed-handle",
+        matrix(
+            "changed-handle",
+            SHARED_QPS,
+            &["qp_num", "not ours", "names QP"],
+        ),
+    ),
+    (
+        "fault-matrix-lost-event",
+        Fault {
+            name: "lost-event",
+            program: "matrix",
+            options: "--messages 20000 --events --qps 1 --window 8",
+            noticed: Noticed::Hangs,
+        },
     ),
 ];
 

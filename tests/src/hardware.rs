@@ -142,7 +142,15 @@ fn hexadecimal(text: &str) -> Option<u64> {
 /// # Errors
 /// When the device has no such counter.
 pub fn packets_sent(device: &str) -> Result<u64> {
-    let path = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/sent_pkts");
+    counter(device, "sent_pkts")
+}
+
+/// A counter of the device's port.
+///
+/// # Errors
+/// When the device has no such counter.
+pub fn counter(device: &str, name: &str) -> Result<u64> {
+    let path = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/{name}");
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
     text.trim().parse().with_context(|| path)
 }

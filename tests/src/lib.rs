@@ -23,6 +23,7 @@ pub mod killed;
 pub mod killed_criu;
 pub mod killed_restart;
 pub mod leaks;
+pub mod matrix;
 pub mod moments;
 pub mod mpi;
 pub mod outside;

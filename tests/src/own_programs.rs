@@ -157,11 +157,11 @@ pub fn command(setup: &Setup, name: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Reads the line of JSON with which a program ends, and gives the number of checked messages.
+/// Reads the line of JSON with which a program ends.
 ///
 /// # Errors
 /// When there is none, it tells of errors, or no message was checked.
-pub fn check_account(output: &str) -> Result<u64> {
+pub fn account(output: &str) -> Result<Value> {
     let line = output.lines().last().context("the program wrote nothing")?;
     let account: Value =
         serde_json::from_str(line).with_context(|| format!("not an account: {line}"))?;
@@ -170,7 +170,15 @@ pub fn check_account(output: &str) -> Result<u64> {
         .as_u64()
         .context("no number of messages")?;
     ensure!(messages > 0, "no message was checked");
-    Ok(messages)
+    Ok(account)
+}
+
+/// The number of checked messages in a program's account.
+///
+/// # Errors
+/// As [`account`].
+pub fn check_account(output: &str) -> Result<u64> {
+    Ok(account(output)?["messages"].as_u64().unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -31,6 +31,8 @@ pub struct Setup {
     pub cycles: u32,
     /// Pace of the cycle cases: from the start of one cycle to the start of the next.
     pub pace: Duration,
+    /// Of what is random: the content of messages, the moments of cycles.
+    pub seed: u64,
     /// The machine's clock counts instructions.
     pub counting: bool,
     /// What a wrapper around the device below the provider is to do, in the words of `tests/wrappers`.
