@@ -12,6 +12,8 @@ use crate::{
     stopped, strangers, wrapped,
     checkpoints, costs, cycles, facts, failures, faults, killed, matrix, moments, own_programs,
     stock,
+    checkpoints, costs, cycles, drain, facts, failures, faults, killed, matrix, moments,
+    own_programs, stock,
 };
 
 /// In which modes a case makes sense.
@@ -84,6 +86,8 @@ pub enum Action {
     CycledMatrix(&'static matrix::Row),
     /// What the provider adds to a loop of one process.
     Loop,
+    /// Cycles of a process with many bytes in flight.
+    DrainTime,
     /// A cycle of a process with many objects.
     Objects(&'static costs::Objects),
     /// A job that is saved and brought back.
@@ -136,6 +140,7 @@ impl Case {
             Action::Matrix(row) => matrix::run(row, job),
             Action::CycledMatrix(row) => matrix::run_cycled(row, job),
             Action::Loop => costs::run_loop(job),
+            Action::DrainTime => drain::run(job),
             Action::Objects(objects) => costs::run_objects(objects, job),
             Action::Saved(saved) => checkpoints::run(saved, job),
             Action::Moment(moment) => moments::run(moment, job),
@@ -166,6 +171,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(corners::cases());
     cases.extend(matrix::cases());
     cases.extend(costs::cases());
+    cases.extend(drain::cases());
     cases.extend(checkpoints::cases());
     cases.extend(moments::cases());
     cases.extend(killed::cases());

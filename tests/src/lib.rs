@@ -12,6 +12,7 @@ pub mod corners;
 pub mod costs;
 pub mod cycles;
 pub mod dead;
+pub mod drain;
 pub mod evidence;
 pub mod facts;
 pub mod failures;

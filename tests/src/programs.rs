@@ -106,6 +106,9 @@ const PROGRAMS: &[Program] = &[
         name: "leaks",
         compiler: "gcc",
         sources: &["leaks.c", "common.c"],
+        name: "in_flight",
+        compiler: "gcc",
+        sources: &["in_flight.c", "common.c"],
         libraries: &["-libverbs"],
     },
     Program {

@@ -42,7 +42,9 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "cycles",
         cases: &[
-            "^cycle",
+            "^cycle-rc",
+            "^cycle-ud",
+            "^cycle-mpi",
             "=killed-cycle",
             "=killed-checkpoint",
             "^fail",
@@ -83,6 +85,14 @@ pub const RUNS: &[Run] = &[
         timeout: 900,
         ..RUN
     },
+    // The traffic program over all its options: by itself, and a hundred times under fresh hardware at random moments.
+    Run {
+        name: "matrix",
+        cases: &["^matrix", "^cycle-matrix"],
+        options: &["--cycles", "100"],
+        timeout: 1200,
+        ..RUN
+    },
     // Saved and brought back.
     Run {
         name: "restarts",
@@ -110,6 +120,14 @@ pub const RUNS: &[Run] = &[
         bare: true,
         long: true,
         timeout: 1800,
+        ..RUN
+    },
+    Run {
+        name: "matrix-long",
+        cases: &["^cycle-matrix"],
+        options: &["--cycles", "1000"],
+        long: true,
+        timeout: 7200,
         ..RUN
     },
     Run {
