@@ -157,7 +157,10 @@ fn replace_hardware(runtime_dir: &Path) {
     let mut agent = Agent::begin(runtime_dir);
     let mut ask = |request| agent.ask(request);
     ask(Request::Close { limit_ms: 1000 });
-    ask(Request::Drain { limit_ms: 1000 });
+    ask(Request::Drain {
+        limit_ms: 1000,
+        arrivals: false,
+    });
     ask(Request::Stop { limit_ms: 1000 });
     let Reply::Responders { responders } = ask(Request::Responders) else {
         panic!("responders are answered by responders");

@@ -83,11 +83,11 @@ impl State {
                 self.outside = Outside::of(&queue_pairs)?;
                 self.enter(Phase::Closed)
             }
-            Request::Drain { limit_ms } => {
+            Request::Drain { limit_ms, arrivals } => {
                 self.require(&[Phase::Closed])?;
                 let forward = || super::events::forward(Phase::Closed);
                 Ok(Reply::Drained {
-                    drained: checkpoint::drain(Duration::from_millis(limit_ms), forward),
+                    drained: checkpoint::drain(Duration::from_millis(limit_ms), arrivals, forward),
                 })
             }
             Request::Stop { limit_ms } => {

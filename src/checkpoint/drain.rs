@@ -32,8 +32,9 @@ pub(crate) struct Stopped {
     flushed: HashSet<u64>,
 }
 
-/// Takes completions from the hardware until nothing is outstanding or `limit` is over. `forward` hands on events meanwhile.
-pub(crate) fn drain(limit: Duration, forward: impl Fn()) -> DrainReport {
+/// Takes completions from the hardware until nothing is outstanding or `limit` is over; where there are none, `arrivals` asks
+/// whether packets arrive. `forward` hands on events meanwhile.
+pub(crate) fn drain(limit: Duration, arrivals: bool, forward: impl Fn()) -> DrainReport {
     let until = Instant::now() + limit;
     let mut completions = 0;
     loop {
@@ -47,6 +48,7 @@ pub(crate) fn drain(limit: Duration, forward: impl Fn()) -> DrainReport {
                 outstanding_sends: outstanding,
                 completions,
                 held_completions: held(),
+                expected_psns: (arrivals && completions == 0).then(expected_psns),
             };
         }
         std::thread::sleep(PAUSE);
@@ -204,6 +206,19 @@ impl Stopped {
             ours
         })
     }
+}
+
+/// Over all reliable connections. A device that does not answer is taken to expect 0: it only shows no progress.
+fn expected_psns() -> u64 {
+    let mut sum = 0;
+    let counted = each_pair(|_, pair| {
+        if pair.is_reliable() && pair.peer_name().is_some() {
+            sum += pair.expected_psn().map_or(0, |psn| u64::from(psn.0));
+        }
+        Ok(())
+    });
+    debug_assert!(counted.is_ok());
+    sum
 }
 
 fn poll_all(mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) -> u64 {

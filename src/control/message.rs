@@ -48,8 +48,9 @@ pub enum Request {
     Peers,
     /// These queue pairs lead out of the job and shall come back in the error state. Only in Closed.
     GiveUp { queue_pairs: Vec<HardwareQueuePair> },
-    /// Polls completions for up to `limit_ms` and says what is outstanding. Only in Closed. Asked again while there is progress.
-    Drain { limit_ms: u64 },
+    /// Polls completions for up to `limit_ms` and says what is outstanding; with `arrivals` also whether anything arrives. Only
+    /// in Closed. Asked again while there is progress.
+    Drain { limit_ms: u64, arrivals: bool },
     /// Closed to Stopped: moves queue pairs with outstanding sends to the error state and collects what is flushed.
     Stop { limit_ms: u64 },
     /// Polls until nothing more arrives, then answers [`Reply::Responders`]. Only in Stopped, after all processes are.
@@ -157,6 +158,9 @@ pub struct DrainReport {
     pub completions: u64,
     /// Completions held back for the application so far.
     pub held_completions: u64,
+    /// Where arrivals were asked for and no completion came: the sum of the PSNs that responders expect. It moves while a
+    /// message is under way.
+    pub expected_psns: Option<u64>,
 }
 
 /// How far the responder half of a queue pair came, read after its peer has stopped sending.

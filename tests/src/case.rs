@@ -7,13 +7,9 @@ use anyhow::Result;
 
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
-    abandoned, checkpoints, corners, costs, cycles, dead, facts, failures, faults, killed,
-    killed_criu, killed_restart, leaks, moments, outside, own_programs, rivals, stale, stock,
-    stopped, strangers, wrapped,
-    checkpoints, costs, cycles, facts, failures, faults, killed, matrix, moments, own_programs,
-    stock,
-    checkpoints, costs, cycles, drain, facts, failures, faults, killed, matrix, moments,
-    own_programs, stock,
+    abandoned, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults, killed,
+    killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals, stale,
+    stock, stopped, strangers, wrapped,
 };
 
 /// In which modes a case makes sense.

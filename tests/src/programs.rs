@@ -47,6 +47,8 @@ const PROGRAMS: &[Program] = &[
         compiler: "gcc",
         sources: &["survivor.c", "common.c"],
         libraries: &["-libverbs"],
+    },
+    Program {
         name: "matrix",
         compiler: "gcc",
         sources: &[
@@ -106,6 +108,9 @@ const PROGRAMS: &[Program] = &[
         name: "leaks",
         compiler: "gcc",
         sources: &["leaks.c", "common.c"],
+        libraries: &["-libverbs"],
+    },
+    Program {
         name: "in_flight",
         compiler: "gcc",
         sources: &["in_flight.c", "common.c"],

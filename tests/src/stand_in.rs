@@ -178,7 +178,10 @@ impl StandIn {
             },
             Step::Examine => Request::Examine,
             Step::Close => Request::Close { limit_ms },
-            Step::Drain => Request::Drain { limit_ms: 20 },
+            Step::Drain => Request::Drain {
+                limit_ms: 20,
+                arrivals: true,
+            },
             Step::Stop => Request::Stop { limit_ms },
             Step::Responders => Request::Responders,
             Step::Settle => Request::Settle {

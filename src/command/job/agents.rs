@@ -384,9 +384,9 @@ fn patience(request: &Request) -> Duration {
     const MARGIN: Duration = Duration::from_secs(20);
     match request {
         Request::Hello { .. } | Request::Begin { .. } => Duration::from_secs(10),
-        Request::Close { limit_ms } | Request::Drain { limit_ms } | Request::Stop { limit_ms } => {
-            Duration::from_millis(*limit_ms) + MARGIN
-        }
+        Request::Close { limit_ms }
+        | Request::Drain { limit_ms, .. }
+        | Request::Stop { limit_ms } => Duration::from_millis(*limit_ms) + MARGIN,
         Request::Examine
         | Request::Peers
         | Request::GiveUp { .. }

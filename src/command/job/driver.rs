@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use reverbs::control::message::{
-    DeviceChoice, Phase, ProcessNumbers, ProcessStatus, Reply, Request, Session,
+    DeviceChoice, DrainReport, Phase, ProcessNumbers, ProcessStatus, Reply, Request, Session,
 };
 
 use super::agents::{AgentFailure, Agents};
@@ -27,7 +27,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// One round of draining, and all of them together.
 const DRAIN_ROUND: Duration = Duration::from_millis(20);
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
-/// Rounds without progress after which what is outstanding is taken to be stuck (no receive posted, peer not connected).
+/// Rounds in a row without progress, neither a completion nor a packet that arrived, after which what is outstanding is taken to be stuck (no receive posted, peer not connected).
 const STILL_ROUNDS: u32 = 2;
 /// Processes that keep opening devices in the middle of a checkpoint are waited for this often.
 const MOST_CATCH_UPS: u32 = 32;
@@ -365,32 +365,41 @@ impl<'a, A: Agents> Driver<'a, A> {
     fn drain(&mut self) -> Result<()> {
         let began = Instant::now();
         let mut still = 0;
-        let mut before = None;
+        let mut before: Option<DrainReport> = None;
         let limit_ms = milliseconds(DRAIN_ROUND);
-        let (outstanding, held) = loop {
+        let now = loop {
             let targets = self.in_phases(&[Phase::Closed]);
-            let (mut outstanding, mut completions, mut held) = (0, 0, 0);
-            for (_, reply) in self.put(&targets, &Request::Drain { limit_ms })? {
+            let mut now = DrainReport::default();
+            // Asking the devices costs a verb for each queue pair: only where something does not complete.
+            let arrivals = before.is_some();
+            for (_, reply) in self.put(&targets, &Request::Drain { limit_ms, arrivals })? {
                 if let Reply::Drained { drained } = reply {
-                    outstanding += drained.outstanding_sends;
-                    completions += drained.completions;
-                    held += drained.held_completions;
+                    now.outstanding_sends += drained.outstanding_sends;
+                    now.completions += drained.completions;
+                    now.held_completions += drained.held_completions;
+                    if let Some(psns) = drained.expected_psns {
+                        *now.expected_psns.get_or_insert_default() += psns;
+                    }
                 }
             }
-            still = if completions == 0 && before == Some(outstanding) {
+            still = if before.as_ref().is_some_and(|before| is_still(before, &now)) {
                 still + 1
             } else {
                 0
             };
-            before = Some(outstanding);
-            if outstanding == 0 || still >= STILL_ROUNDS || began.elapsed() > DRAIN_LIMIT {
-                break (outstanding, held);
+            let over = still >= STILL_ROUNDS || began.elapsed() > DRAIN_LIMIT;
+            if now.outstanding_sends == 0 || over {
+                break now;
             }
+            before = Some(now);
         };
         self.progress.phase(
             "drain",
             began,
-            &format!("{held} completions held, {outstanding} sends outstanding"),
+            &format!(
+                "{} completions held, {} sends outstanding",
+                now.held_completions, now.outstanding_sends
+            ),
         );
         Ok(())
     }
@@ -538,6 +547,16 @@ fn described(processes: &BTreeMap<i32, String>) -> String {
         .map(|(pid, why)| format!("process {pid}: {why}"))
         .collect();
     each.join("; ")
+}
+
+/// Whether nothing has happened between two rounds of draining. A long message completes nothing for a while, but its packets
+/// arrive; where one round has not asked for them, they do not count.
+fn is_still(before: &DrainReport, now: &DrainReport) -> bool {
+    let arrived = match (before.expected_psns, now.expected_psns) {
+        (Some(before), Some(now)) => before != now,
+        _ => false,
+    };
+    now.completions == 0 && before.outstanding_sends == now.outstanding_sends && !arrived
 }
 
 fn milliseconds(duration: Duration) -> u64 {

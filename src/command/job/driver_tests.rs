@@ -95,13 +95,23 @@ fn a_cycle_takes_everybody_through_every_phase_once() {
 
 #[test]
 fn draining_goes_on_while_there_is_progress_and_stops_when_there_is_none() {
-    for (outstanding, per_round, rounds) in [(5, 1, 5), (0, 1, 1), (4, 2, 2), (3, 0, 3)] {
+    for (outstanding, per_round, arriving, rounds) in [
+        (5, 1, 0, 5),
+        (0, 1, 0, 1),
+        (4, 2, 0, 2),
+        (3, 0, 0, 3),
+        (1, 0, 9, 11),
+    ] {
         let mut job = FakeJob::of(&[Phase::Running]);
         let agent = job.agents.get_mut(&100).unwrap();
         (agent.outstanding, agent.per_round) = (outstanding, per_round);
+        agent.arriving = arriving;
         drive(&mut job, cycle).unwrap();
         let asked = job.asked.iter().filter(|name| **name == "drain").count();
-        assert_eq!(asked, rounds, "{outstanding} by {per_round}");
+        assert_eq!(
+            asked, rounds,
+            "{outstanding} by {per_round}, {arriving} arriving"
+        );
     }
 }
 

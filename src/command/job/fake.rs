@@ -35,6 +35,8 @@ pub(super) struct FakeAgent {
     /// Sends outstanding when closed, and how many complete in each round of draining.
     pub(super) outstanding: u64,
     pub(super) per_round: u64,
+    /// Packets that still arrive, one in each round.
+    pub(super) arriving: u64,
     pub(super) rebuilds: u64,
     pub(super) resumed: u64,
 }
@@ -49,6 +51,7 @@ impl FakeAgent {
             stopped: false,
             outstanding: 0,
             per_round: 1,
+            arriving: 0,
             rebuilds: 0,
             resumed: 0,
         }
@@ -156,14 +159,16 @@ impl FakeAgent {
             Request::Peers if self.phase == Phase::Closed => {
                 return Reply::Peers { contexts: vec![] };
             }
-            Request::Drain { .. } if self.phase == Phase::Closed => {
+            Request::Drain { arrivals, .. } if self.phase == Phase::Closed => {
                 let done = self.outstanding.min(self.per_round);
                 self.outstanding -= done;
+                self.arriving = self.arriving.saturating_sub(1);
                 return Reply::Drained {
                     drained: DrainReport {
                         outstanding_sends: self.outstanding,
                         completions: done,
                         held_completions: 0,
+                        expected_psns: arrivals.then_some(self.arriving),
                     },
                 };
             }

@@ -112,8 +112,7 @@ impl QueuePair {
             return Ok(None);
         }
         if self.context.responder_psn_is_live(&attributes.all().0) {
-            let attr = self.query_hardware(IBV_QP_RQ_PSN)?;
-            return Ok(Some(Progress::Expects(Psn(0).advance(attr.rq_psn))));
+            return Ok(Some(Progress::Expects(self.expected_psn()?)));
         }
         // In the error state receives complete without a message.
         let failed = attributes.released_state == IBV_QPS_ERR;
@@ -121,6 +120,12 @@ impl QueuePair {
             true => Progress::Received(self.receive.completed()),
             false => Progress::Unknown,
         }))
+    }
+
+    /// The PSN that the responder expects next, if the device tells.
+    pub(crate) fn expected_psn(&self) -> Verb<Psn> {
+        let attr = self.query_hardware(IBV_QP_RQ_PSN)?;
+        Ok(Psn(0).advance(attr.rq_psn))
     }
 
     /// A connection is being made: where the device cannot tell how far a responder came, messages are counted.

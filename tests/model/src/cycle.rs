@@ -122,7 +122,10 @@ impl Orchestrator<'_> {
                 Phase::Running => {
                     self.agent.ask(Request::Close { limit_ms: 1000 });
                     self.passes(Moment::Closed, between) || {
-                        self.agent.ask(Request::Drain { limit_ms: 0 });
+                        self.agent.ask(Request::Drain {
+                            limit_ms: 0,
+                            arrivals: true,
+                        });
                         self.passes(Moment::Drained, between)
                     }
                 }
