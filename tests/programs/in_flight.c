@@ -4,8 +4,8 @@
  *
  *   in_flight --device NAME --gid-index N --bytes N --message N [--send]
  *
- * The bytes are WRITEs, or SENDs, of the given length, each with a completion. After "ready" a line
- * "rate N" comes every half second: bytes that have completed in it, for one second. With 0 bytes
+ * The bytes are WRITEs, or SENDs, of the given length, each with a completion. After "ready" lines
+ * "arrived BYTES SECONDS" come: what has completed so far, and when the last of it did. With 0 bytes
  * nothing is sent but one short WRITE from time to time, without a completion. SIGTERM ends it: both
  * sides check what they have.
  */
@@ -148,19 +148,17 @@ static void wait_a_little(void)
 	sched_yield();
 }
 
-/* Bytes of a second, from what has completed since the last half second began. */
-static void say_rate(uint64_t done)
+/* So many messages have completed by now; said at most five times a second. */
+static void say_arrived(uint64_t done)
 {
-	static double since;
-	static uint64_t before;
+	static double said;
 	double now = running_time();
 
-	if (now - since < 0.5)
+	if (now - said < 0.2)
 		return;
-	printf("rate %.0f\n", (done - before) * (double)message / (now - since));
+	printf("arrived %" PRIu64 " %.6f\n", done * message, now);
 	fflush(stdout);
-	since = now;
-	before = done;
+	said = now;
 }
 
 static void say_ready(void)
@@ -191,10 +189,9 @@ static uint64_t run_sender(void)
 		for (; !asked_to_stop && posted < done + depth; posted++)
 			post_send(posted);
 		if (completed(done))
-			done++;
+			say_arrived(++done);
 		else
 			wait_a_little();
-		say_rate(done);
 	}
 	end_stream();
 	return done;
@@ -213,7 +210,7 @@ static uint64_t run_idle(void)
 		must(ibv_post_send(qp, &wr, &bad), "ibv_post_send");
 		usleep(100000);
 		check_processes();
-		say_rate(0);
+		say_arrived(0);
 		if (done % 100 != 99)
 			continue;
 		wr.send_flags = IBV_SEND_SIGNALED;

@@ -18,13 +18,16 @@ const LIMIT: Duration = Duration::from_secs(900);
 /// How long a program may take to end once it is told to.
 const END_LIMIT: Duration = Duration::from_secs(120);
 
-/// Drain may take this many times as long as the link needs for the bytes in flight, and a fixed time: what it takes where
-/// nothing is in flight but an unsignaled request, of which nobody ever hears. That is three rounds of 20 ms
-/// without a sign of progress, and the agents' answers.
+/// Until the network is empty it may take this many times as long as the link needs for the bytes in flight, and a fixed time: what it
+/// takes where nothing is in flight but an unsignaled request, of which nobody ever hears. That is the agents' answers
+/// to Examine, Close and Drain, and three rounds of 20 ms in Drain without a sign of progress.
 const MOST: f64 = 1.2;
 
-/// Rates that are averaged, of half a second each.
-const RATES: usize = 4;
+/// Cycles under each load; the fastest counts, beside the rate just before it.
+const CYCLES: usize = 3;
+
+/// Between two lines that tell what has arrived there are at least 0.2 s; so many are looked at.
+const LINES: usize = 5;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -42,12 +45,10 @@ const IDLE: Load = write(0, 64 * KIB);
 const LOADS: &[Load] = &[
     write(64 * KIB, 64 * KIB),
     write(MIB, 64 * KIB),
-    write(4 * MIB, 64 * KIB),
     write(16 * MIB, 64 * KIB),
     write(16 * MIB, MIB),
     write(16 * MIB, 16 * MIB),
     write(32 * MIB, 8 * MIB),
-    send(MIB, 64 * KIB),
     send(16 * MIB, 64 * KIB),
     send(16 * MIB, 4 * MIB),
 ];
@@ -73,7 +74,9 @@ const fn send(bytes: u64, message: u64) -> Load {
 struct Drained {
     /// Bytes of a second that arrived just before.
     rate: f64,
-    seconds: f64,
+    /// Of Close and Drain: Soft-RoCE sends inside of `ibv_post_send`, so Close already waits for what is on its way.
+    close: f64,
+    drain: f64,
     /// Sends that had not completed when Drain ended.
     outstanding: u64,
 }
@@ -93,20 +96,22 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When Drain takes longer than it may, or gives up on what is on its way.
 pub fn run(job: &Job<'_>) -> Result<String> {
-    let fixed = cycle_under(IDLE, job)?.seconds;
+    let fixed = cycles_under(IDLE, job)?
+        .iter()
+        .map(Drained::waited)
+        .fold(f64::MAX, f64::min);
     let mut lines = vec![format!("fixed {fixed:.3} s")];
     let mut too_long = Vec::new();
     for load in LOADS {
-        let drained = cycle_under(*load, job).with_context(|| load.describe())?;
-        let link = load.bytes as f64 / drained.rate;
-        let line = format!(
-            "{} {:.3} s (link {link:.3} s at {:.1} MB/s, {} outstanding)",
-            load.describe(),
-            drained.seconds,
-            drained.rate / 1e6,
-            drained.outstanding
-        );
-        if drained.outstanding > 0 || drained.seconds > MOST * link + fixed {
+        let cycles = cycles_under(*load, job).with_context(|| load.describe())?;
+        let beyond = |drained: &Drained| drained.waited() - MOST * drained.link(*load) - fixed;
+        let best = cycles
+            .iter()
+            .min_by(|one, other| beyond(one).total_cmp(&beyond(other)))
+            .context("no cycle")?;
+        let given_up = cycles.iter().any(|drained| drained.outstanding > 0);
+        let line = best.describe(*load);
+        if given_up || beyond(best) > 0.0 {
             too_long.push(line.clone());
         }
         lines.push(line);
@@ -119,6 +124,30 @@ pub fn run(job: &Job<'_>) -> Result<String> {
         lines.join("; ")
     );
     Ok(lines.join("; "))
+}
+
+impl Drained {
+    /// Until the network was empty.
+    fn waited(&self) -> f64 {
+        self.close + self.drain
+    }
+
+    /// How long the link needs for the bytes.
+    fn link(&self, load: Load) -> f64 {
+        load.bytes as f64 / self.rate
+    }
+
+    fn describe(&self, load: Load) -> String {
+        format!(
+            "{} close {:.3} drain {:.3} s (link {:.3} s at {:.1} MB/s), {} outstanding",
+            load.describe(),
+            self.close,
+            self.drain,
+            self.link(load),
+            self.rate / 1e6,
+            self.outstanding
+        )
+    }
 }
 
 impl Load {
@@ -139,59 +168,77 @@ impl Load {
     }
 }
 
-/// One cycle of a process that keeps `load` in flight.
-fn cycle_under(load: Load, job: &Job<'_>) -> Result<Drained> {
+/// Cycles of a process that keeps `load` in flight.
+fn cycles_under(load: Load, job: &Job<'_>) -> Result<Vec<Drained>> {
     let mut running = load.start(job)?;
     running.wait_for_line(job.deadline, "ready")?;
     evidence::check_mode(running.pid(), &job.setup.mode)?;
-    // The first half second is that of the start.
-    running.wait_until(job.deadline, "it told its rates", |_| {
-        let output = fs::read_to_string(job.folder.join("in_flight.out"))?;
-        Ok((rates(&output).len() > RATES).then_some(()))
-    })?;
-    let before = Numbers::on(&job.setup.device)?;
-    let rates = rates(&running.output()?);
-    replace_hardware(&running, job)?.check_all_new(&before)?;
-    let (seconds, outstanding) = drain_of(&fs::read_to_string(job.folder.join("cycle.err"))?)?;
+    let mut cycles = Vec::new();
+    for _ in 0..CYCLES {
+        let before = Numbers::on(&job.setup.device)?;
+        let rate = rate_from_now(&mut running, job)?;
+        replace_hardware(&running, job)?.check_all_new(&before)?;
+        let errors = fs::read_to_string(job.folder.join("cycle.err"))?;
+        let (close, _) = phase_of(&errors, "close")?;
+        let (drain, detail) = phase_of(&errors, "drain")?;
+        cycles.push(Drained {
+            rate,
+            close,
+            drain,
+            outstanding: outstanding_of(&detail)?,
+        });
+    }
     running.signal(Signal::TERM)?;
     running.wait_for_success(job.deadline.at_most(END_LIMIT))?;
     own_programs::check_account(&running.output()?)?;
-    let last = &rates[rates.len() - RATES..];
-    Ok(Drained {
-        rate: last.iter().sum::<f64>() / RATES as f64,
-        seconds,
-        outstanding,
+    Ok(cycles)
+}
+
+/// Bytes of a second, over the next lines that tell what has arrived.
+fn rate_from_now(running: &mut Running, job: &Job<'_>) -> Result<f64> {
+    let output = job.folder.join("in_flight.out");
+    let known = arrivals(&fs::read_to_string(&output)?).len();
+    running.wait_until(job.deadline, "it told what has arrived", |_| {
+        let arrivals = arrivals(&fs::read_to_string(&output)?);
+        Ok(arrivals.get(known..).and_then(|new| match new {
+            [first, .., last] if new.len() > LINES => Some((last.0 - first.0) / (last.1 - first.1)),
+            _ => None,
+        }))
     })
 }
 
-/// The lines `rate N`.
-fn rates(output: &str) -> Vec<f64> {
-    let rates = output
-        .lines()
-        .filter_map(|line| line.strip_prefix("rate ")?.parse().ok());
-    rates.collect()
+/// Bytes and seconds of the lines `arrived BYTES SECONDS` that are complete.
+fn arrivals(output: &str) -> Vec<(f64, f64)> {
+    let complete = output
+        .split_inclusive('\n')
+        .filter(|line| line.ends_with('\n'));
+    let arrivals = complete.filter_map(|line| {
+        let (bytes, seconds) = line.trim().strip_prefix("arrived ")?.split_once(' ')?;
+        Some((bytes.parse().ok()?, seconds.parse().ok()?))
+    });
+    arrivals.collect()
 }
 
-/// Seconds and outstanding sends of `reverbs: drain 0.021 s  52 completions held, 0 sends outstanding`.
-fn drain_of(errors: &str) -> Result<(f64, u64)> {
+/// Seconds and detail of a line like `reverbs: drain 0.021 s  52 completions held, 0 sends outstanding`.
+fn phase_of(errors: &str, phase: &str) -> Result<(f64, String)> {
     for line in errors.lines() {
         let words: Vec<_> = line.split_whitespace().collect();
-        if let [
-            "reverbs:",
-            "drain",
-            seconds,
-            "s",
-            _,
-            "completions",
-            "held,",
-            outstanding,
-            ..,
-        ] = words[..]
+        if let ["reverbs:", name, seconds, "s", detail @ ..] = &words[..]
+            && *name == phase
         {
-            return Ok((seconds.parse()?, outstanding.parse()?));
+            return Ok((seconds.parse()?, detail.join(" ")));
         }
     }
-    bail!("no drain in {errors}")
+    bail!("no {phase} in {errors}")
+}
+
+/// The second number of `52 completions held, 0 sends outstanding`.
+fn outstanding_of(detail: &str) -> Result<u64> {
+    let number = detail
+        .strip_suffix(" sends outstanding")
+        .and_then(|text| text.rsplit_once(' '));
+    let (_, number) = number.with_context(|| detail.to_owned())?;
+    Ok(number.parse()?)
 }
 
 #[cfg(test)]
@@ -199,15 +246,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_of_the_drain_is_found() {
+    fn phases_and_what_was_outstanding_are_found() {
         let errors = "reverbs: close         0.068 s  3 processes\n\
                       reverbs: drain         0.021 s  52 completions held, 7 sends outstanding\n";
-        assert_eq!(drain_of(errors).unwrap(), (0.021, 7));
-        drain_of("reverbs: close 0.068 s  3 processes\n").unwrap_err();
+        assert_eq!(phase_of(errors, "close").unwrap().0, 0.068);
+        let (seconds, detail) = phase_of(errors, "drain").unwrap();
+        assert_eq!((seconds, outstanding_of(&detail).unwrap()), (0.021, 7));
+        phase_of(errors, "stop").unwrap_err();
+        outstanding_of("3 processes").unwrap_err();
     }
 
     #[test]
-    fn half_a_line_is_no_rate() {
-        assert_eq!(rates("ready\nrate 5\nrate \n"), [5.0]);
+    fn half_a_line_is_not_read() {
+        assert_eq!(
+            arrivals("ready\narrived 5 0.25\narrived 50 0.2"),
+            [(5.0, 0.25)]
+        );
     }
 }
