@@ -88,7 +88,7 @@ static struct ibv_ah_attr own_address(const struct objects *of)
 }
 
 /* Connects a queue pair to itself. */
-static void connect_qp(const struct objects *of, struct ibv_qp *qp)
+static void connect_here(const struct objects *of, struct ibv_qp *qp)
 {
 	struct ibv_qp_attr init = { .qp_state = IBV_QPS_INIT, .port_num = 1, .qkey = 0x1234 };
 	struct ibv_qp_attr rtr = {
@@ -143,10 +143,10 @@ static void create(struct objects *of)
 	of->rc_on_srq = create_qp(of, IBV_QPT_RC, of->cq, of->srq);
 	address = own_address(of);
 	of->ah = made(ibv_create_ah(of->pd, &address), "ibv_create_ah");
-	connect_qp(of, of->rc);
-	connect_qp(of, of->uc);
-	connect_qp(of, of->ud);
-	connect_qp(of, of->rc_on_srq);
+	connect_here(of, of->rc);
+	connect_here(of, of->uc);
+	connect_here(of, of->ud);
+	connect_here(of, of->rc_on_srq);
 }
 
 static void post_receive(struct objects *of, struct ibv_qp *qp)
@@ -268,7 +268,7 @@ static void come_and_go(struct objects *on)
 	cq = made(ibv_create_cq(on->context, 16, NULL, on->channel, 0), "ibv_create_cq");
 	qp = create_qp(on, IBV_QPT_RC, cq, NULL);
 	ah = made(ibv_create_ah(on->pd, &address), "ibv_create_ah");
-	connect_qp(on, qp);
+	connect_here(on, qp);
 	/* Never polled. */
 	post_receive(on, qp);
 	post_send(on, qp);
