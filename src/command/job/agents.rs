@@ -424,3 +424,80 @@ fn explain(pid: i32, error: &io::Error, request: &Request, waited: Duration) -> 
         _ => AgentFailure::Broken(format!("cannot speak with its agent: {error}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::process::{Child, Command};
+
+    use rustix::process::{Signal, kill_process};
+
+    use super::*;
+
+    /// A process in whose name somebody listens who never answers, as a forked child of a dead process would.
+    fn mute() -> (Child, i32, tempfile::TempDir, UnixListener) {
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(socket::agent_socket(folder.path(), pid)).unwrap();
+        (child, pid, folder, listener)
+    }
+
+    fn signal(pid: i32, signal: Signal) {
+        kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_process_ends_the_wait_for_its_answer() {
+        let (mut child, pid, folder, _listener) = mute();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            signal(pid, Signal::KILL);
+            child.wait().unwrap();
+        });
+        let began = Instant::now();
+        let mut agents = SocketAgents::new(pid, folder.path().to_owned());
+        let answers = agents.ask(&[pid], &Request::Release);
+        assert_eq!(answers, [(pid, Err(AgentFailure::Ended))]);
+        assert!(began.elapsed() < Duration::from_secs(10));
+        killer.join().unwrap();
+    }
+
+    #[test]
+    fn one_that_is_stopped_is_named_with_the_remedy() {
+        let (mut child, pid, folder, _listener) = mute();
+        signal(pid, Signal::STOP);
+        let hello = Request::Hello {
+            version: PROTOCOL_VERSION,
+        };
+        let error = ask_once(folder.path(), pid, &hello)
+            .unwrap_err()
+            .to_string();
+        let told = format!(
+            "process {pid}: no answer to \"hello\" within 10 s: it is stopped, `kill -CONT {pid}`"
+        );
+        assert!(error.starts_with(&told), "{error}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_with_an_agent_that_cannot_be_reached_is_not_one_without() {
+        let folder = tempfile::tempdir().unwrap();
+        let us = std::process::id().cast_signed();
+        let (started, ready) = std::sync::mpsc::channel();
+        let (end, ends) = std::sync::mpsc::channel::<()>();
+        let agent = std::thread::Builder::new().name(socket::AGENT_THREAD.into());
+        let agent = agent.spawn(move || {
+            started.send(()).unwrap();
+            let _ = ends.recv();
+        });
+        ready.recv().unwrap();
+        let mut agents = SocketAgents::new(us, folder.path().to_owned());
+        let failure = agents.hello(us).unwrap_err().to_string();
+        assert!(failure.contains("was that removed?"), "{failure}");
+        drop(end);
+        agent.unwrap().join().unwrap();
+        assert_eq!(agents.hello(us).unwrap(), None);
+    }
+}
