@@ -20,6 +20,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// The stages at which CRIU calls the scripts that it was given.
 const STAGES: [&str; 2] = ["pre-dump", "post-dump"];
 
+/// In each rule of CRIU's.
+const MARK: &str = "0xc114";
+
 /// A job whose CRIU is killed.
 #[derive(Debug)]
 pub struct KilledCriu {
@@ -78,6 +81,12 @@ pub fn run(killed: &KilledCriu, job: &Job<'_>) -> Result<String> {
             "killed at {stage} it left rules in the firewall: {:?}",
             firewall_rules()?
         );
+        let held = fs::read_to_string(rules_when_killed(started.root))?;
+        let locks = matches!(killed.kind, Kind::Mpi { .. }) && stage == "post-dump";
+        ensure!(
+            held.contains(MARK) == locks,
+            "killed at {stage}, the firewall had the rules {held}"
+        );
         started.wait_for_traffic().context(stage)?;
     }
     started.checkpoint(&[])?;
@@ -90,7 +99,10 @@ fn killed_at(stage: &str, root: u32) -> Result<PathBuf> {
     // Not on the share, which is slow.
     let script = Path::new("/tmp").join(format!("kill-criu-{root}"));
     let command = Path::new("/tmp").join(format!("killed-criu-{root}"));
-    let kill = format!("[ \"$CRTOOLS_SCRIPT_ACTION\" != {stage} ] || kill -KILL $PPID");
+    let kill = format!(
+        "[ \"$CRTOOLS_SCRIPT_ACTION\" = {stage} ] || exit 0\niptables -S > {}\nkill -KILL $PPID",
+        rules_when_killed(root).display()
+    );
     let start = format!(
         "[ \"$1\" = dump ] || exec criu \"$@\"\nexec criu \"$@\" --action-script {}",
         script.display()
@@ -100,6 +112,10 @@ fn killed_at(stage: &str, root: u32) -> Result<PathBuf> {
         fs::set_permissions(path, PermissionsExt::from_mode(0o755))?;
     }
     Ok(command)
+}
+
+fn rules_when_killed(root: u32) -> PathBuf {
+    Path::new("/tmp").join(format!("rules-{root}"))
 }
 
 fn firewall_rules() -> Result<String> {

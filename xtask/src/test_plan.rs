@@ -60,7 +60,7 @@ pub const RUNS: &[Run] = &[
         name: "orchestration",
         cases: &[
             "=killed-inside",
-            "=killed-criu-mpi",
+            "=killed-criu",
             "=killed-restart",
             "=dead-process",
             "=two-orchestrators",
