@@ -1,6 +1,7 @@
 //! A process of the job is stopped (SIGSTOP) before a cycle or in the middle of it: the cycle fails in bounded time and names
 //! it. Nobody goes on without it where anything was moved, so that after SIGCONT and `reverbs resume` nothing is missing.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -72,9 +73,12 @@ pub fn run(stopped: &Stopped, job: &Job<'_>) -> Result<String> {
     let victim = *tree::descendants(root).first().context("no child")?;
     let before = Numbers::on(&job.setup.device)?;
 
-    let stop = move |_| process::signal_each(&[victim], Signal::STOP);
-    let interposer =
-        Interposer::put_before(victim, stopped.request, Moment::Asked, Box::new(stop))?;
+    let interposer = Interposer::put_before(
+        victim,
+        stopped.request,
+        Moment::Asked,
+        Box::new(move |_| stop(victim)),
+    )?;
     let mut command = job.setup.reverbs()?;
     command.args(["--quiet", "cycle", &root.to_string()]);
     let began = Instant::now();
@@ -114,4 +118,16 @@ pub fn run(stopped: &Stopped, job: &Job<'_>) -> Result<String> {
     started.wait_for_traffic()?;
     let done = started.finish()?;
     Ok(format!("{done}; found after {:.0} s", took.as_secs_f64()))
+}
+
+/// Returns when no thread of the process runs any more: only the one that takes the signal stops at once.
+fn stop(victim: u32) {
+    process::signal_each(&[victim], Signal::STOP);
+    let threads = format!("/proc/{victim}/task");
+    let is_stopped = |thread: fs::DirEntry| {
+        fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| stat.contains(") T "))
+    };
+    while fs::read_dir(&threads).is_ok_and(|mut all| !all.all(|one| one.is_ok_and(is_stopped))) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
