@@ -1,9 +1,10 @@
 //! A table of 32-bit numbers that is read on the data path without a lock.
 //!
-//! Open addressing over atomic words. Writers are serialized; a table that became too small is replaced, and the old one
-//! kept until the whole is dropped, as a reader may still be in it (sizes double, so that is at most as much again).
+//! Open addressing over atomic words. Writers are serialized. A table that became too small, or full of removed entries, is
+//! replaced. The old one is kept, as a reader may still be in it, and used for the next replacement of its size: so there are at
+//! most two of each size, and sizes double. A reader that was in one that is being used again looks once more.
 
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Never a valid entry: no key has the virtual number 0 and the hardware number 0.
@@ -14,6 +15,8 @@ const REMOVED: u64 = u64::MAX;
 #[derive(Debug)]
 pub struct KeyTable {
     current: AtomicPtr<Slots>,
+    /// How often an old table was used again; raised before it is written to.
+    reuses: AtomicU64,
     /// How often a pair was removed or replaced.
     removals: AtomicU64,
     writer: Mutex<Writer>,
@@ -21,13 +24,15 @@ pub struct KeyTable {
 
 #[derive(Debug, Default)]
 struct Writer {
-    /// Every generation of the table; the last is the current one. Boxed: readers have their addresses.
+    /// Boxed, as those below: readers have their addresses.
+    current: Option<Box<Slots>>,
+    /// Those that were current before.
     #[allow(
         clippy::vec_box,
         reason = "the addresses are shared with readers and must not move"
     )]
-    generations: Vec<Box<Slots>>,
-    /// Entries of the current generation that are not empty.
+    idle: Vec<Box<Slots>>,
+    /// Entries of the current one that are not empty.
     used: usize,
 }
 
@@ -41,11 +46,9 @@ impl Default for KeyTable {
     fn default() -> Self {
         let table = Self {
             current: AtomicPtr::default(),
+            reuses: AtomicU64::new(0),
             removals: AtomicU64::new(0),
-            writer: Mutex::new(Writer {
-                generations: Vec::new(),
-                used: 0,
-            }),
+            writer: Mutex::default(),
         };
         table.grow(&mut table.lock(), 16);
         table
@@ -57,19 +60,15 @@ impl KeyTable {
     #[inline]
     #[must_use]
     pub fn get(&self, key: u32) -> Option<u32> {
-        // SAFETY: points into `generations`, which is only ever added to.
-        let slots = unsafe { &*self.current.load(Ordering::Acquire) };
-        let mask = slots.entries.len() - 1;
-        let mut at = slots.home(key);
         loop {
-            let entry = slots.entries[at & mask].load(Ordering::Relaxed);
-            if entry == EMPTY {
-                return None;
+            let reuses = self.reuses.load(Ordering::Acquire);
+            // SAFETY: one that the writer owns; none is freed before the whole is.
+            let found = unsafe { &*self.current.load(Ordering::Acquire) }.find(key);
+            // With the fence in `grow`: whoever read what was written since sees the number raised.
+            fence(Ordering::Acquire);
+            if self.reuses.load(Ordering::Relaxed) == reuses {
+                return found;
             }
-            if (entry >> 32) as u32 == key && entry != REMOVED {
-                return Some(entry as u32);
-            }
-            at += 1;
         }
     }
 
@@ -85,8 +84,8 @@ impl KeyTable {
         self.remove(key);
         let mut writer = self.lock();
         let room = writer
-            .generations
-            .last()
+            .current
+            .as_ref()
             .map_or(0, |slots| slots.entries.len());
         if (writer.used + 1) * 2 > room {
             self.grow(&mut writer, room * 2);
@@ -97,7 +96,7 @@ impl KeyTable {
     /// Removes a pair.
     pub fn remove(&self, key: u32) {
         let writer = self.lock();
-        let Some(slots) = writer.generations.last() else {
+        let Some(slots) = &writer.current else {
             return;
         };
         let mask = slots.entries.len() - 1;
@@ -118,7 +117,7 @@ impl KeyTable {
     }
 
     fn grow(&self, writer: &mut Writer, size: usize) {
-        let live: Vec<u64> = writer.generations.last().map_or_else(Vec::new, |slots| {
+        let live: Vec<u64> = writer.current.as_ref().map_or_else(Vec::new, |slots| {
             let entries = slots
                 .entries
                 .iter()
@@ -131,20 +130,35 @@ impl KeyTable {
         let size = size
             .max(16)
             .min((live.len() * 4).next_power_of_two().max(16));
-        let slots = Box::new(Slots {
-            shift: 32 - size.trailing_zeros(),
-            entries: (0..size).map(|_| AtomicU64::new(EMPTY)).collect(),
+        let slots = self.take_idle(writer, size).unwrap_or_else(|| {
+            Box::new(Slots {
+                shift: 32 - size.trailing_zeros(),
+                entries: (0..size).map(|_| AtomicU64::new(EMPTY)).collect(),
+            })
         });
-        writer.generations.push(slots);
+        let newest = &raw const *slots;
+        let before = writer.current.replace(slots);
+        writer.idle.extend(before);
         writer.used = 0;
         for entry in live {
             writer.put(entry);
         }
-        let newest = writer
-            .generations
-            .last()
-            .map_or(std::ptr::null(), |slots| &raw const **slots);
         self.current.store(newest.cast_mut(), Ordering::Release);
+    }
+
+    /// An empty one of this size that readers may still be in.
+    fn take_idle(&self, writer: &mut Writer, size: usize) -> Option<Box<Slots>> {
+        let at = writer
+            .idle
+            .iter()
+            .position(|slots| slots.entries.len() == size)?;
+        let slots = writer.idle.swap_remove(at);
+        self.reuses.fetch_add(1, Ordering::Release);
+        fence(Ordering::Release);
+        for entry in &slots.entries {
+            entry.store(EMPTY, Ordering::Relaxed);
+        }
+        Some(slots)
     }
 
     fn lock(&self) -> MutexGuard<'_, Writer> {
@@ -154,7 +168,7 @@ impl KeyTable {
 
 impl Writer {
     fn put(&mut self, entry: u64) {
-        let Some(slots) = self.generations.last() else {
+        let Some(slots) = &self.current else {
             return;
         };
         let mask = slots.entries.len() - 1;
@@ -168,6 +182,22 @@ impl Writer {
 }
 
 impl Slots {
+    #[inline(always)]
+    fn find(&self, key: u32) -> Option<u32> {
+        let mask = self.entries.len() - 1;
+        let mut at = self.home(key);
+        loop {
+            let entry = self.entries[at & mask].load(Ordering::Relaxed);
+            if entry == EMPTY {
+                return None;
+            }
+            if (entry >> 32) as u32 == key && entry != REMOVED {
+                return Some(entry as u32);
+            }
+            at += 1;
+        }
+    }
+
     /// Fibonacci hashing: the top bits of the product.
     fn home(&self, key: u32) -> usize {
         (key.wrapping_mul(0x9e37_79b9) >> self.shift) as usize
@@ -187,8 +217,36 @@ impl FromIterator<(u32, u32)> for KeyTable {
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::KeyTable;
+
+    #[test]
+    fn memory_is_bounded_and_readers_miss_nothing_while_keys_come_and_go() {
+        let table = KeyTable::default();
+        let over = AtomicBool::new(false);
+        for key in 1..=20 {
+            table.insert(key, key + 1);
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    for key in 1..=20 {
+                        assert_eq!(table.get(key), Some(key + 1));
+                    }
+                }
+            });
+            for key in 100..200_000 {
+                table.insert(key, key);
+                assert_eq!(table.get(key), Some(key));
+                table.remove(key);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let writer = table.lock();
+        let words: usize = writer.idle.iter().map(|slots| slots.entries.len()).sum();
+        assert!(words < 1024, "{words} words for 20 keys");
+    }
 
     #[test]
     fn agrees_with_a_map_through_inserts_removals_and_growth() {
