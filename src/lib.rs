@@ -9,6 +9,7 @@ pub mod control;
 pub mod device;
 pub mod errno;
 pub mod handle;
+pub mod image;
 pub mod log;
 pub mod translate;
 pub mod virt;

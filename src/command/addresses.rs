@@ -5,18 +5,11 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use procfs::net::TcpState;
-use serde::{Deserialize, Serialize};
+
+use reverbs::image::BoundAddress;
 
 use super::files::Held;
 use super::progress::Progress;
-
-/// An address of the host at the checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct BoundAddress {
-    pub(crate) address: IpAddr,
-    /// A connection uses it, not only a socket that listens.
-    pub(crate) connected: bool,
-}
 
 /// What sockets of the tree are bound to, beyond loopback and "any".
 pub(crate) fn of_tree(held: &Held) -> Vec<BoundAddress> {

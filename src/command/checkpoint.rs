@@ -14,11 +14,11 @@ use super::addresses;
 use super::cli::CheckpointOptions;
 use super::criu::{Criu, Dump, WorkFolder};
 use super::files::{Held, Volatility, carry, record, survey};
-use super::image::{CriuFacts, ImageProcess, Manifest, NewImage, timestamp};
 use super::interrupt::Interrupt;
 use super::job::{Driver, JobLock, ProcessTree, SocketAgents, new_session, root_of};
 use super::preflight::{self, Findings};
 use super::progress::{Progress, bytes, count};
+use reverbs::image::{CriuFacts, ImageProcess, Manifest, NewImage, timestamp};
 
 /// # Errors
 /// No image was made, or the job could not be stopped; the job runs on.

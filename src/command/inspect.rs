@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use super::cli::InspectOptions;
-use super::image::{Image, Manifest};
 use super::progress::{bytes, count};
 use super::status::describe;
+use reverbs::image::{Image, Manifest};
 
 /// # Errors
 /// It is no image of this version and this user, or it is damaged.

@@ -1,5 +1,5 @@
-//! What the `reverbs` command does, one module for each subcommand, over `job` (processes, agents, phases), `image`
-//! (what a checkpoint leaves on disk), `files` (what CRIU does not carry) and `criu`.
+//! What the `reverbs` command does, one module for each subcommand, over `job` (processes, agents, phases),
+//! `reverbs::image` (what a checkpoint leaves on disk), `files` (what CRIU does not carry) and `criu`.
 
 mod addresses;
 mod checkpoint;
@@ -7,7 +7,6 @@ mod cli;
 mod criu;
 mod cycle;
 mod files;
-mod image;
 mod inspect;
 mod interrupt;
 mod job;

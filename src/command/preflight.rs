@@ -8,8 +8,8 @@ use anyhow::{Result, bail};
 use procfs::process::{FDPermissions, FDTarget, Process};
 
 use super::files::Held;
-use super::image::OutsidePipe;
 use super::job::ProcessTree;
+use reverbs::image::OutsidePipe;
 
 /// What the dump has to be told about the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -6,14 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
-
-/// One phase that is over.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct PhaseTime {
-    pub(crate) phase: String,
-    pub(crate) seconds: f64,
-}
+use reverbs::image::PhaseTime;
 
 /// Prints a line for each phase as it ends, and remembers how long each took.
 #[derive(Debug)]

@@ -17,10 +17,10 @@ use super::addresses::ForeignBinds;
 use super::cli::RestartOptions;
 use super::criu::{Criu, RestoreFailure, WorkFolder};
 use super::files::{cut_back, put_back};
-use super::image::{Image, Manifest};
 use super::interrupt::Interrupt;
 use super::job::{Driver, JobLock, ProcessTree, SocketAgents, ask_once, new_session};
 use super::progress::{Progress, bytes, count};
+use reverbs::image::{Image, Manifest};
 
 /// What is in the way passes within about a second where init is slow to reap; a few more for a busy machine.
 const ATTEMPTS: u32 = 8;

@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use serde::{Deserialize, Serialize};
+
+use reverbs::image::{Carried, CarriedKind};
 
 use super::held::folders_above;
 use super::written::create_beside;
@@ -17,31 +18,6 @@ use super::{FilePolicy, Held, Volatility};
 use crate::command::progress::Progress;
 
 const CHUNK: usize = 64 << 10;
-
-/// One thing that the image carries.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Carried {
-    pub(crate) path: PathBuf,
-    pub(crate) kind: CarriedKind,
-    /// Permission bits.
-    pub(crate) mode: u32,
-    pub(crate) user: u32,
-    pub(crate) group: u32,
-    /// Last modification, seconds since 1970 and nanoseconds.
-    pub(crate) modified: (i64, i64),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum CarriedKind {
-    Folder,
-    Fifo,
-    /// Contents are in the image's `files/` under this name.
-    File {
-        stored: String,
-        size: u64,
-    },
-}
 
 /// Copies every volatile file that `held` names into `folder`, and notes the folders on the way to them. To be called while
 /// the processes are frozen: shared memory would change under the copy.
@@ -66,7 +42,7 @@ pub(crate) fn carry(
             if found.is_dir() {
                 carried
                     .entry(above.clone())
-                    .or_insert_with(|| Carried::new(above, CarriedKind::Folder, &found));
+                    .or_insert_with(|| carried_as(above, CarriedKind::Folder, &found));
             }
         }
         let kind = if file.found.is_dir() {
@@ -88,7 +64,7 @@ pub(crate) fn carry(
         };
         carried.insert(
             file.path.clone(),
-            Carried::new(file.path.clone(), kind, &file.found),
+            carried_as(file.path.clone(), kind, &file.found),
         );
     }
     Ok(carried.into_values().collect())
@@ -107,128 +83,128 @@ pub(crate) fn put_back(
 ) -> Result<usize> {
     let mut restored = 0;
     for item in carried {
-        let put = item
-            .put_back(folder, policy, image, progress)
+        let put = put_back_one(item, folder, policy, image, progress)
             .with_context(|| format!("cannot put {} back", item.path.display()))?;
         restored += usize::from(put);
     }
     Ok(restored)
 }
 
-impl Carried {
-    fn new(path: PathBuf, kind: CarriedKind, found: &Metadata) -> Self {
-        Self {
-            path,
-            kind,
-            mode: found.mode() & 0o7777,
-            user: found.uid(),
-            group: found.gid(),
-            modified: (found.mtime(), found.mtime_nsec()),
-        }
+fn carried_as(path: PathBuf, kind: CarriedKind, found: &Metadata) -> Carried {
+    Carried {
+        path,
+        kind,
+        mode: found.mode() & 0o7777,
+        user: found.uid(),
+        group: found.gid(),
+        modified: (found.mtime(), found.mtime_nsec()),
     }
+}
 
-    /// Whether anything had to be done.
-    fn put_back(
-        &self,
-        folder: &Path,
-        policy: FilePolicy,
-        image: &str,
-        progress: &Progress,
-    ) -> Result<bool> {
-        let found = match std::fs::symlink_metadata(&self.path) {
-            Ok(found) => Some(found),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => return Err(error.into()),
-        };
-        match (&self.kind, found) {
-            (CarriedKind::Folder, Some(found)) if found.is_dir() => return Ok(false),
-            (CarriedKind::Fifo, Some(found)) if found.file_type().is_fifo() => return Ok(false),
-            (CarriedKind::Folder, None) => std::fs::create_dir(&self.path)?,
-            (CarriedKind::Fifo, None) => {
-                mknodat(
-                    CWD,
-                    &self.path,
-                    FileType::Fifo,
-                    Mode::from_raw_mode(0o600),
-                    0,
-                )?;
-            }
-            (CarriedKind::File { stored, size }, found) => {
-                let source = folder.join(stored);
-                if let Some(found) = found {
-                    if found.is_file() && found.len() == *size && same(&source, &self.path)? {
-                        return Ok(false);
-                    }
-                    if !self.make_way(&found, policy, image, progress)? {
-                        return Ok(false);
-                    }
+/// Whether anything had to be done.
+fn put_back_one(
+    item: &Carried,
+    folder: &Path,
+    policy: FilePolicy,
+    image: &str,
+    progress: &Progress,
+) -> Result<bool> {
+    let found = match std::fs::symlink_metadata(&item.path) {
+        Ok(found) => Some(found),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error.into()),
+    };
+    match (&item.kind, found) {
+        (CarriedKind::Folder, Some(found)) if found.is_dir() => return Ok(false),
+        (CarriedKind::Fifo, Some(found)) if found.file_type().is_fifo() => return Ok(false),
+        (CarriedKind::Folder, None) => std::fs::create_dir(&item.path)?,
+        (CarriedKind::Fifo, None) => {
+            mknodat(
+                CWD,
+                &item.path,
+                FileType::Fifo,
+                Mode::from_raw_mode(0o600),
+                0,
+            )?;
+        }
+        (CarriedKind::File { stored, size }, found) => {
+            let source = folder.join(stored);
+            if let Some(found) = found {
+                if found.is_file() && found.len() == *size && same(&source, &item.path)? {
+                    return Ok(false);
                 }
-                copy_sparse(&source, &self.path)?;
+                if !make_way(item, &found, policy, image, progress)? {
+                    return Ok(false);
+                }
             }
-            (_, Some(_)) => bail!("something else is there; remove it"),
+            copy_sparse(&source, &item.path)?;
         }
-        self.dress()?;
-        Ok(true)
+        (_, Some(_)) => bail!("something else is there; remove it"),
     }
+    dress(item)?;
+    Ok(true)
+}
 
-    /// Moves what is there out of the way. `false`: it stays.
-    fn make_way(
-        &self,
-        found: &Metadata,
-        policy: FilePolicy,
-        image: &str,
-        progress: &Progress,
-    ) -> Result<bool> {
-        let path = self.path.display();
-        match policy {
-            FilePolicy::Refuse => bail!(
-                "it is there and is not as it was at the checkpoint: `--files cut` replaces it and keeps a copy"
-            ),
-            FilePolicy::Keep => {
-                progress.note(&format!(
-                    "{path} is not as it was at the checkpoint; left as it is"
-                ));
-                Ok(false)
-            }
-            // Shared memory of processes that have ended is nobody's data.
-            FilePolicy::Cut if self.path.starts_with("/dev/shm") && found.is_file() => {
-                std::fs::remove_file(&self.path)?;
-                Ok(true)
-            }
-            FilePolicy::Cut => {
-                let (aside, _) = create_beside(&self.path, &format!("reverbs-kept-{image}"))?;
-                std::fs::rename(&self.path, &aside)?;
-                progress.note(&format!(
-                    "{path} was not as it was at the checkpoint: it is put back, what was there is in {}",
-                    aside.display()
-                ));
-                Ok(true)
-            }
+/// Moves what is there out of the way. `false`: it stays.
+fn make_way(
+    item: &Carried,
+    found: &Metadata,
+    policy: FilePolicy,
+    image: &str,
+    progress: &Progress,
+) -> Result<bool> {
+    let path = item.path.display();
+    match policy {
+        FilePolicy::Refuse => bail!(
+            "it is there and is not as it was at the checkpoint: `--files cut` replaces it and keeps a copy"
+        ),
+        FilePolicy::Keep => {
+            progress.note(&format!(
+                "{path} is not as it was at the checkpoint; left as it is"
+            ));
+            Ok(false)
+        }
+        // Shared memory of processes that have ended is nobody's data.
+        FilePolicy::Cut if item.path.starts_with("/dev/shm") && found.is_file() => {
+            std::fs::remove_file(&item.path)?;
+            Ok(true)
+        }
+        FilePolicy::Cut => {
+            let (aside, _) = create_beside(&item.path, &format!("reverbs-kept-{image}"))?;
+            std::fs::rename(&item.path, &aside)?;
+            progress.note(&format!(
+                "{path} was not as it was at the checkpoint: it is put back, what was there is in {}",
+                aside.display()
+            ));
+            Ok(true)
         }
     }
+}
 
-    /// Owner, mode and time, in this order: a change of owner clears mode bits.
-    fn dress(&self) -> Result<()> {
-        let us = rustix::process::geteuid().as_raw();
-        if us == 0 {
-            chown(&self.path, Some(self.user), Some(self.group))?;
-        }
-        std::fs::set_permissions(&self.path, Permissions::from_mode(self.mode))?;
-        if let (CarriedKind::File { .. }, (Ok(seconds), Ok(nanoseconds))) = (
-            &self.kind,
-            (
-                u64::try_from(self.modified.0),
-                u32::try_from(self.modified.1),
-            ),
-        ) {
-            let time = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds);
-            // Without write permission bits it cannot be opened, and then does not need the time either.
-            if let Ok(file) = File::open(&self.path) {
-                file.set_modified(time)?;
-            }
-        }
-        Ok(())
+/// Owner, mode and time, in this order: a change of owner clears mode bits.
+fn dress(item: &Carried) -> Result<()> {
+    let us = rustix::process::geteuid().as_raw();
+    if us == 0 {
+        chown(&item.path, Some(item.user), Some(item.group))?;
     }
+    std::fs::set_permissions(&item.path, Permissions::from_mode(item.mode))?;
+    if let (CarriedKind::File { .. }, (Ok(seconds), Ok(nanoseconds))) = (
+        &item.kind,
+        (
+            u64::try_from(item.modified.0),
+            u32::try_from(item.modified.1),
+        ),
+    ) {
+        let time = SystemTime::UNIX_EPOCH
+            .checked_add(Duration::from_secs(seconds))
+            .and_then(|time| time.checked_add(Duration::from_nanos(nanoseconds.into())))
+            .context("its time of modification is out of range")?;
+        // Without write permission bits it cannot be opened, and then does not need the time either.
+        if let Ok(file) = File::open(&item.path) {
+            file.set_modified(time)?;
+        }
+    }
+    Ok(())
 }
 
 fn same(one: &Path, other: &Path) -> Result<bool> {

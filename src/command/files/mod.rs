@@ -10,12 +10,12 @@ mod held;
 mod volatile;
 mod written;
 
-pub(crate) use carry::{Carried, carry, put_back};
+pub(crate) use carry::{carry, put_back};
 pub(crate) use held::{Held, survey};
 #[cfg(test)]
 pub(crate) use held::{HeldDevice, HeldPipe};
 pub(crate) use volatile::Volatility;
-pub(crate) use written::{WrittenFile, cut_back, record};
+pub(crate) use written::{cut_back, record};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};

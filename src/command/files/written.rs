@@ -6,17 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
+
+use reverbs::image::WrittenFile;
 
 use super::{FilePolicy, Held, Volatility};
 use crate::command::progress::Progress;
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct WrittenFile {
-    pub(crate) path: PathBuf,
-    /// Bytes at the checkpoint.
-    pub(crate) length: u64,
-}
 
 /// The lengths of all files that are open for writing and are not carried.
 pub(crate) fn record(held: &Held, volatility: &mut Volatility) -> Vec<WrittenFile> {

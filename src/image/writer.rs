@@ -14,7 +14,7 @@ use super::{CRIU_FOLDER, FILES_FOLDER, MANIFEST, MANIFEST_SUM};
 
 /// A hidden folder beside where the image will appear. Removed when dropped, unless it was published.
 #[derive(Debug)]
-pub(crate) struct NewImage {
+pub struct NewImage {
     parent: PathBuf,
     hidden: PathBuf,
     name: String,
@@ -26,7 +26,7 @@ impl NewImage {
     ///
     /// # Errors
     /// `parent` cannot be made or written to.
-    pub(crate) fn create(parent: &Path, root: i32) -> Result<Self> {
+    pub fn create(parent: &Path, root: i32) -> Result<Self> {
         let make = |path: &Path| DirBuilder::new().mode(0o700).create(path);
         std::fs::create_dir_all(parent)
             .with_context(|| format!("cannot make the image folder {}", parent.display()))?;
@@ -53,11 +53,11 @@ impl NewImage {
         Ok(image)
     }
 
-    pub(crate) fn criu_folder(&self) -> PathBuf {
+    pub fn criu_folder(&self) -> PathBuf {
         self.hidden.join(CRIU_FOLDER)
     }
 
-    pub(crate) fn files_folder(&self) -> PathBuf {
+    pub fn files_folder(&self) -> PathBuf {
         self.hidden.join(FILES_FOLDER)
     }
 
@@ -65,7 +65,7 @@ impl NewImage {
     ///
     /// # Errors
     /// Reading or writing fails; then no image appears.
-    pub(crate) fn publish(&mut self, mut manifest: Manifest) -> Result<PathBuf> {
+    pub fn publish(&mut self, mut manifest: Manifest) -> Result<PathBuf> {
         let paths = checksum::list(&self.hidden)?;
         manifest.contents = checksum::measure(&self.hidden, &paths, Durability::Sync)
             .context("cannot bring the image to disk")?;
@@ -169,7 +169,7 @@ fn now() -> i64 {
 }
 
 /// The time of now, as the manifest has it: 2026-01-31T23:59:59Z.
-pub(crate) fn timestamp() -> String {
+pub fn timestamp() -> String {
     let (year, month, day, hour, minute, second) = civil(now());
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }

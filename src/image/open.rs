@@ -2,19 +2,19 @@
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::checksum::{self, Durability};
-use super::manifest::{FORMAT, Header, Manifest, VERSION};
+use super::manifest::{CarriedKind, FORMAT, Header, Manifest, VERSION};
 use super::{CRIU_FOLDER, FILES_FOLDER, MANIFEST, MANIFEST_SUM};
 
 /// An image whose manifest holds.
 #[derive(Debug)]
-pub(crate) struct Image {
-    pub(crate) folder: PathBuf,
-    pub(crate) manifest: Manifest,
+pub struct Image {
+    pub folder: PathBuf,
+    pub manifest: Manifest,
 }
 
 impl Image {
@@ -22,7 +22,7 @@ impl Image {
     ///
     /// # Errors
     /// It is no image, or one of another user, open to others, of another version, or damaged.
-    pub(crate) fn open(folder: &Path) -> Result<Self> {
+    pub fn open(folder: &Path) -> Result<Self> {
         let folder = folder
             .canonicalize()
             .with_context(|| format!("there is no image {}", folder.display()))?;
@@ -35,7 +35,7 @@ impl Image {
     ///
     /// # Errors
     /// A file is missing or is not what was written.
-    pub(crate) fn verify(&self) -> Result<()> {
+    pub fn verify(&self) -> Result<()> {
         let check = || -> Result<()> {
             for expected in &self.manifest.contents {
                 let found = std::fs::symlink_metadata(self.folder.join(&expected.path))
@@ -75,16 +75,16 @@ impl Image {
         })
     }
 
-    pub(crate) fn criu_folder(&self) -> PathBuf {
+    pub fn criu_folder(&self) -> PathBuf {
         self.folder.join(CRIU_FOLDER)
     }
 
-    pub(crate) fn files_folder(&self) -> PathBuf {
+    pub fn files_folder(&self) -> PathBuf {
         self.folder.join(FILES_FOLDER)
     }
 
     /// The last part of its path.
-    pub(crate) fn name(&self) -> String {
+    pub fn name(&self) -> String {
         self.folder.file_name().map_or_else(
             || "image".into(),
             |name| name.to_string_lossy().into_owned(),
@@ -134,13 +134,18 @@ fn read_manifest(folder: &Path) -> Result<Manifest> {
         "was made by user {}, and this command runs as user {us}: restart it as that user",
         manifest.user
     );
-    for file in &manifest.contents {
+    let listed = manifest.contents.iter().map(|file| file.path.as_path());
+    // A stored file has no folder of its own.
+    let stored = manifest.carried.iter().filter_map(|item| match &item.kind {
+        CarriedKind::File { stored, .. } => Some(Path::new(stored)),
+        CarriedKind::Folder | CarriedKind::Fifo => None,
+    });
+    for path in listed.chain(stored) {
+        let mut parts = path.components().peekable();
         ensure!(
-            file.path
-                .components()
-                .all(|part| matches!(part, std::path::Component::Normal(_))),
+            parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_))),
             "lists {}, which is outside of it",
-            file.path.display()
+            path.display()
         );
     }
     Ok(manifest)
@@ -169,7 +174,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::Image;
-    use crate::command::image::{CriuFacts, Manifest, NewImage};
+    use crate::image::{CriuFacts, Manifest, NewImage};
 
     fn publish(parent: &Path) -> PathBuf {
         let mut new = NewImage::create(parent, 42).unwrap();

@@ -8,9 +8,12 @@ mod manifest;
 mod open;
 mod writer;
 
-pub(crate) use manifest::{CriuFacts, ImageProcess, Manifest, OutsidePipe};
-pub(crate) use open::Image;
-pub(crate) use writer::{NewImage, timestamp};
+pub use manifest::{
+    BoundAddress, Carried, CarriedKind, CriuFacts, ImageFile, ImageProcess, Manifest, OutsidePipe,
+    PhaseTime, WrittenFile,
+};
+pub use open::Image;
+pub use writer::{NewImage, timestamp};
 
 const MANIFEST: &str = "manifest.json";
 const MANIFEST_SUM: &str = "manifest.sum";
