@@ -23,7 +23,7 @@ use crate::virt::shared_receive_queue::SharedReceiveQueue;
 pub(super) fn files() -> Vec<RawFd> {
     let _events = process().events();
     let mut files = Vec::new();
-    for context in process().contexts() {
+    for context in &process().contexts() {
         // SAFETY: null or open: the hardware goes only under the lock that is held.
         if let Some(hardware) = unsafe { context.hardware().as_ref() } {
             files.push(hardware.async_fd);
@@ -45,7 +45,7 @@ pub(super) fn forward(phase: Phase) {
     for channel in channels {
         forward_completions(&channel, phase);
     }
-    for context in process().contexts() {
+    for context in &process().contexts() {
         forward_asynchronous(context, phase);
     }
 }

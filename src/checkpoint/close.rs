@@ -15,7 +15,7 @@ pub(crate) fn close(limit: Duration) -> Phase<()> {
         );
     }
     let until = Instant::now() + limit;
-    for context in process.contexts() {
+    for context in &process.contexts() {
         let objects = context.objects();
         // SAFETY: the gate is closed, so nothing is destroyed.
         let stuck = unsafe {
@@ -58,7 +58,7 @@ pub(crate) fn close(limit: Duration) -> Phase<()> {
 pub(crate) fn reopen() -> Phase<()> {
     let process = process();
     let mut failed = Vec::new();
-    for context in process.contexts() {
+    for context in &process.contexts() {
         let objects = context.objects();
         // SAFETY: the gate is closed, so nothing is destroyed.
         unsafe {
@@ -96,7 +96,7 @@ pub(crate) fn resume() -> Phase<()> {
 
 /// Only while the gate is closed.
 fn each_completion_queue(visit: impl Fn(&CompletionQueue)) {
-    for context in process().contexts() {
+    for context in &process().contexts() {
         for (_, queue) in &context.objects().completion_queues {
             // SAFETY: the gate is closed, so nothing is destroyed.
             visit(unsafe { queue.get() });

@@ -223,7 +223,7 @@ fn expected_psns() -> u64 {
 
 fn poll_all(mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) -> u64 {
     let mut completions = 0;
-    for context in process().contexts() {
+    for context in &process().contexts() {
         for (_, queue) in &context.objects().completion_queues {
             // SAFETY: the gate is closed, so nothing is destroyed.
             let queue = unsafe { queue.get() };
@@ -235,7 +235,7 @@ fn poll_all(mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) -> u64 {
 
 fn held() -> u64 {
     let mut sum = 0;
-    for context in process().contexts() {
+    for context in &process().contexts() {
         for (_, queue) in &context.objects().completion_queues {
             // SAFETY: the gate is closed, so nothing is destroyed.
             sum += unsafe { queue.get().held() };
@@ -255,10 +255,8 @@ fn outstanding() -> u64 {
 }
 
 /// Visits every queue pair. Only while the gate is closed.
-pub(super) fn each_pair(
-    mut visit: impl FnMut(&'static Context, &QueuePair) -> Phase<()>,
-) -> Phase<()> {
-    for context in process().contexts() {
+pub(super) fn each_pair(mut visit: impl FnMut(&Context, &QueuePair) -> Phase<()>) -> Phase<()> {
+    for context in &process().contexts() {
         // Not under the lock: a visit may look at the completion queues.
         let pairs: Vec<_> = context
             .objects()

@@ -12,7 +12,6 @@ use kmod_compat::sysfs::Sysfs;
 
 use crate::control::message::Obstacle;
 use crate::device as hardware;
-use crate::virt::context::Context;
 use crate::virt::process::process;
 
 /// Everything that a checkpoint cannot carry, by name.
@@ -48,7 +47,11 @@ pub(crate) fn examine() -> Vec<Obstacle> {
     }
     // iWARP needs its connection manager to connect, so its queue pairs cannot be connected again.
     let devices = devices::list(&Sysfs::host()).unwrap_or_default();
-    for name in process().contexts().into_iter().map(Context::hardware_name) {
+    for name in process()
+        .contexts()
+        .iter()
+        .map(|context| context.hardware_name())
+    {
         if devices
             .iter()
             .any(|device| device.name == name && device.node_type == NodeType::RNIC)

@@ -16,14 +16,17 @@ pub(crate) fn peers() -> Phase<Vec<ContextPeers>> {
     let mut contexts: Vec<_> = process()
         .contexts()
         .into_iter()
-        .map(|context| (context, described(context)))
+        .map(|context| {
+            let described = described(&context);
+            (context, described)
+        })
         .collect();
     each_pair(|context, pair| {
         let (Some(hardware_qpn), Some((_, peers))) = (
             pair.hardware_number(),
             contexts
                 .iter_mut()
-                .find(|(known, _)| std::ptr::eq(*known, context)),
+                .find(|(known, _)| std::ptr::eq(&raw const **known, context)),
         ) else {
             return Ok(());
         };

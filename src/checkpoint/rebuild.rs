@@ -33,7 +33,7 @@ pub(crate) fn rebuild(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
 }
 
 fn make_all(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
-    for context in process().contexts() {
+    for context in &process().contexts() {
         context.events.after_save();
         open_device(context, choices)?;
     }
@@ -43,7 +43,7 @@ fn make_all(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
             .rebuild()
             .map_err(|error| format!("completion channel: {error}"))?;
     }
-    for context in process().contexts() {
+    for context in &process().contexts() {
         let name = context.hardware_name();
         rebuild_objects(context).map_err(|what| format!("device {name}: {what}"))?;
         context.watch_hardware_events();
@@ -64,7 +64,7 @@ fn make_all(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
     Ok(())
 }
 
-fn open_device(context: &'static Context, choices: &[DeviceChoice]) -> Phase<()> {
+fn open_device(context: &Context, choices: &[DeviceChoice]) -> Phase<()> {
     let name = choose(context, choices)?;
     let cname = CString::new(name.clone()).map_err(|error| error.to_string())?;
     let known = kernel_devices()
@@ -257,7 +257,7 @@ pub(crate) fn connect(job: &[ProcessNumbers]) -> Phase<Vec<String>> {
     let directory = Arc::new(Directory::new(job));
     process().learn(Arc::clone(&directory));
     let mut notes = Vec::new();
-    for context in process().contexts() {
+    for context in &process().contexts() {
         learn_own_numbers(context);
         let objects = context.objects();
         // SAFETY: the gate is closed, so nothing is destroyed.

@@ -25,7 +25,7 @@ pub(crate) struct Let {
 pub(crate) fn release() -> Phase<Let> {
     // No event may be on its way while what it names goes.
     let _events = process().events();
-    for context in process().contexts() {
+    for context in &process().contexts() {
         ports::first_seen(context)
             .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
         release_objects(context)
@@ -35,7 +35,7 @@ pub(crate) fn release() -> Phase<Let> {
         channel.release();
         channel.pipe.before_save();
     }
-    for context in process().contexts() {
+    for context in &process().contexts() {
         context.events.before_save();
         close_device(context)?;
     }
@@ -84,7 +84,7 @@ pub(crate) fn release() -> Phase<Let> {
 /// Lets go of the fresh hardware that a rebuild which failed has made, so that it can be tried again.
 pub(super) fn undo_rebuild() -> Phase<()> {
     let _events = process().events();
-    for context in process().contexts() {
+    for context in &process().contexts() {
         release_objects(context)
             .map_err(|error| format!("device {}: {error}", context.hardware_name()))?;
     }
@@ -92,7 +92,10 @@ pub(super) fn undo_rebuild() -> Phase<()> {
         .channels()
         .iter()
         .for_each(|channel| channel.release());
-    process().contexts().into_iter().try_for_each(close_device)
+    process()
+        .contexts()
+        .iter()
+        .try_for_each(|context| close_device(context))
 }
 
 /// Closes the device, if it is open, and puts its command file aside.

@@ -23,13 +23,13 @@ pub(crate) fn status(phase: Phase, session: Option<Session>, notes: &[String]) -
         contexts: process()
             .contexts()
             .into_iter()
-            .map(context_status)
+            .map(|context| context_status(&context))
             .collect(),
         notes: notes.to_vec(),
     }
 }
 
-fn context_status(context: &'static Context) -> ContextStatus {
+fn context_status(context: &Context) -> ContextStatus {
     let objects = context.objects();
     // SAFETY: the caller keeps the registry still.
     unsafe {

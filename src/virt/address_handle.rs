@@ -18,7 +18,7 @@ use crate::translate::{Address, KeyTable};
 #[repr(C)]
 pub struct AddressHandle {
     app: ibv_ah,
-    pub(crate) context: &'static Context,
+    pub(crate) context: Arc<Context>,
     domain: *const ProtectionDomain,
     /// In the application's terms.
     attr: ibv_ah_attr,
@@ -47,7 +47,7 @@ pub unsafe fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> Verb<*mut ibv_a
             pd,
             handle: 0,
         },
-        context: domain.context,
+        context: Arc::clone(&domain.context),
         domain,
         attr,
         hardware: AtomicPtr::default(),
@@ -129,7 +129,7 @@ impl AddressHandle {
         let directory = process().directory();
         let mut attr = self.attr;
         if let Some(directory) = &directory {
-            attr = super::queue_pair::translate_address(self.context, directory, &attr)
+            attr = super::queue_pair::translate_address(&self.context, directory, &attr)
                 .ok_or(Errno::INVALID)?;
             let qpns = directory.qpns_at(address_of(&self.attr));
             self.qpns.store(

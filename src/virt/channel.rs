@@ -167,7 +167,7 @@ impl EventPipe {
 #[derive(Debug)]
 pub struct Channel {
     /// Unknown for a channel that no completion queue had used when the hardware was let go of.
-    context: OnceLock<&'static Context>,
+    context: OnceLock<Arc<Context>>,
     pub(crate) pipe: EventPipe,
     /// The hardware's channel; null while released.
     hardware: AtomicPtr<ibv_comp_channel>,
@@ -178,17 +178,14 @@ impl Channel {
     ///
     /// # Safety
     /// `app` must be a completion channel of `context`, whose hardware is there: the gate is held.
-    pub(crate) unsafe fn of(
-        context: &'static Context,
-        app: *mut ibv_comp_channel,
-    ) -> Verb<Arc<Self>> {
+    pub(crate) unsafe fn of(context: &Arc<Context>, app: *mut ibv_comp_channel) -> Verb<Arc<Self>> {
         // SAFETY: as the caller vouches.
         let fd = unsafe { (*app).fd };
         let mut channels = process().channels();
         channels.retain(|channel| channel.pipe.is_open() || Arc::strong_count(channel) > 1);
         let file = inode(fd)?;
         if let Some(channel) = channels.iter().find(|channel| channel.pipe.is(Some(file))) {
-            if channel.context.set(context).is_ok() {
+            if channel.context.set(Arc::clone(context)).is_ok() {
                 channel.rebuild()?;
                 crate::agent::wake();
             }
@@ -204,7 +201,7 @@ impl Channel {
             }
         };
         let channel = Arc::new(Self {
-            context: OnceLock::from(context),
+            context: OnceLock::from(Arc::clone(context)),
             pipe,
             hardware: AtomicPtr::new(hardware),
         });
@@ -242,7 +239,7 @@ impl Channel {
     pub(crate) fn belongs_to(&self, context: &Context) -> bool {
         self.context
             .get()
-            .is_some_and(|own| std::ptr::eq(*own, context))
+            .is_some_and(|own| std::ptr::eq(Arc::as_ptr(own), context))
     }
 
     pub(crate) fn verbs(&self) -> Option<&'static Verbs> {

@@ -130,7 +130,7 @@ pub unsafe fn open(
             first: name.to_owned(),
             hardware: name.to_owned(),
         };
-        let context: &'static Context = Box::leak(Box::new(Context {
+        let context = Arc::new(Context {
             app,
             process,
             verbs,
@@ -146,12 +146,12 @@ pub unsafe fn open(
             responder_psn_is_live: Mutex::default(),
             rings_by_write: AtomicBool::new(false),
             lead_queries,
-        }));
+        });
         // SAFETY: the context is open.
         let completion_vectors = unsafe { (*hardware).num_comp_vectors };
-        join_restarted_job(context)?;
+        join_restarted_job(&context)?;
         context.watch_hardware_events();
-        process.add_context(context);
+        process.add_context(&context);
         Ok(Opened {
             async_fd,
             completion_vectors,
@@ -165,7 +165,7 @@ pub unsafe fn open(
 }
 
 /// A device opened after a restart of the job: peers name old things by old numbers (docs/identity.md, "Younger processes").
-fn join_restarted_job(context: &'static Context) -> Verb<()> {
+fn join_restarted_job(context: &Context) -> Verb<()> {
     let process = process();
     if process.directory().is_none()
         && let Ok(folder) = runtime_dir()
@@ -210,10 +210,10 @@ pub fn close(app: *mut ibv_context) -> Verb<()> {
     let context = process.context(app)?;
     let _inside = context.enter()?;
     let _events = process.events();
-    process.remove_context(context);
+    process.remove_context(&context);
     process
         .channels()
-        .retain(|channel| !channel.belongs_to(context));
+        .retain(|channel| !channel.belongs_to(&context));
     // SAFETY: the application has no object of this context any more, or may not use it; nobody finds it in the registry.
     // libibverbs closes the command file's number after us; nothing of the hardware may be seen there until then.
     unsafe {
@@ -224,7 +224,7 @@ pub fn close(app: *mut ibv_context) -> Verb<()> {
         }
     }
     context.set_hardware(std::ptr::null_mut());
-    // The agent may still be looking at it, and a context is small: it is left where it is, without its pipe's other end.
+    // It goes when the last that looks at it, the agent or an object that the application has left, is done.
     context.events.close_writer();
     crate::agent::wake();
     Ok(())

@@ -1,6 +1,7 @@
 //! Memory regions.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use rdma_core_sys::{
@@ -23,7 +24,7 @@ const REMOTE_ACCESS: i32 =
 #[repr(C)]
 pub struct MemoryRegion {
     app: AppMr,
-    pub(crate) context: &'static Context,
+    pub(crate) context: Arc<Context>,
     domain: *const ProtectionDomain,
     iova: u64,
     hardware: AtomicPtr<ibv_mr>,
@@ -49,7 +50,7 @@ pub unsafe fn register(
 ) -> Verb<*mut ibv_mr> {
     // SAFETY: as the caller vouches.
     let domain = unsafe { ProtectionDomain::of(pd) };
-    let context = domain.context;
+    let context = Arc::clone(&domain.context);
     let _inside = context.enter()?;
     if access & rdma_core_sys::IBV_ACCESS_ON_DEMAND as i32 != 0 {
         return Err(Errno::NOT_SUPPORTED);
@@ -68,13 +69,13 @@ pub unsafe fn register(
             kind: 0,
             access,
         },
-        context,
+        context: Arc::clone(&context),
         domain,
         iova,
         hardware: AtomicPtr::default(),
         index: AtomicUsize::new(0),
     });
-    let hardware = region.register_hardware(|hardware| collides(context, hardware))?;
+    let hardware = region.register_hardware(|hardware| collides(&context, hardware))?;
     let region = Box::leak(region);
     // SAFETY: the device's own object, just made.
     unsafe {

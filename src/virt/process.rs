@@ -16,7 +16,7 @@ use crate::translate::Directory;
 #[derive(Debug)]
 pub struct Process {
     pub(crate) gate: ControlGate,
-    contexts: Mutex<Vec<&'static Context>>,
+    contexts: Mutex<Vec<Arc<Context>>>,
     channels: Mutex<Vec<Arc<Channel>>>,
     directory: Mutex<Option<Arc<Directory>>>,
     /// Held while an event is handed to the application, and while an object that events can name is destroyed.
@@ -64,27 +64,27 @@ impl Process {
 
     /// Open contexts, in the order in which they were opened.
     #[must_use]
-    pub fn contexts(&self) -> Vec<&'static Context> {
+    pub fn contexts(&self) -> Vec<Arc<Context>> {
         lock(&self.contexts).clone()
     }
 
-    pub(crate) fn add_context(&self, context: &'static Context) {
-        lock(&self.contexts).push(context);
+    pub(crate) fn add_context(&self, context: &Arc<Context>) {
+        lock(&self.contexts).push(Arc::clone(context));
     }
 
-    pub(crate) fn remove_context(&self, context: &'static Context) {
-        lock(&self.contexts).retain(|other| !std::ptr::eq(*other, context));
+    pub(crate) fn remove_context(&self, context: &Arc<Context>) {
+        lock(&self.contexts).retain(|other| !Arc::ptr_eq(other, context));
     }
 
     /// The context the application knows by this pointer.
     ///
     /// # Errors
     /// `EIO` if it was opened before this process was forked; `EINVAL` if it is not one of ours.
-    pub fn context(&self, app: *mut ibv_context) -> Verb<&'static Context> {
+    pub fn context(&self, app: *mut ibv_context) -> Verb<Arc<Context>> {
         let own = lock(&self.contexts)
             .iter()
             .find(|context| context.app() == app)
-            .copied();
+            .cloned();
         own.ok_or(match self.has_inherited(app) {
             true => Errno::IO,
             false => Errno::INVALID,
@@ -148,7 +148,7 @@ impl Process {
 pub(super) struct Still {
     _events: MutexGuard<'static, ()>,
     pub(super) channels: MutexGuard<'static, Vec<Arc<Channel>>>,
-    pub(super) contexts: MutexGuard<'static, Vec<&'static Context>>,
+    pub(super) contexts: MutexGuard<'static, Vec<Arc<Context>>>,
 }
 
 /// A pointer to an object of ours in a registry. Registries are emptied of an object before it is freed.

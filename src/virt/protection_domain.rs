@@ -1,5 +1,6 @@
 //! Protection domains.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use rdma_core_sys::{ibv_context, ibv_pd};
@@ -13,7 +14,7 @@ use crate::errno::{Errno, Verb};
 #[repr(C)]
 pub struct ProtectionDomain {
     app: ibv_pd,
-    pub(crate) context: &'static Context,
+    pub(crate) context: Arc<Context>,
     hardware: AtomicPtr<ibv_pd>,
     index: AtomicUsize,
 }
@@ -36,7 +37,7 @@ pub fn alloc(app: *mut ibv_context) -> Verb<*mut ibv_pd> {
             context: app,
             handle,
         },
-        context,
+        context: Arc::clone(&context),
         hardware: AtomicPtr::new(hardware),
         index: AtomicUsize::new(0),
     }));

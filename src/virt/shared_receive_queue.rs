@@ -1,8 +1,8 @@
 //! Shared receive queues.
 
 use std::ffi::c_void;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rdma_core_sys::{
     IBV_SRQ_LIMIT, IBV_SRQ_MAX_WR, ibv_pd, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
@@ -22,7 +22,7 @@ use crate::errno::{Errno, Verb};
 #[repr(C)]
 pub struct SharedReceiveQueue {
     app: AppSrq,
-    pub(crate) context: &'static Context,
+    pub(crate) context: Arc<Context>,
     pub(crate) queue: ReceiveQueue,
     domain: *const ProtectionDomain,
     hardware: AtomicPtr<ibv_srq>,
@@ -46,11 +46,11 @@ unsafe impl Sync for SharedReceiveQueue {}
 pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_srq_init_attr) -> Verb<*mut ibv_srq> {
     // SAFETY: as the caller vouches.
     let (domain, init) = unsafe { (ProtectionDomain::of(pd), &mut *init) };
-    let context = domain.context;
+    let context = Arc::clone(&domain.context);
     let _inside = context.enter()?;
     let queue = Box::new(SharedReceiveQueue {
         app: AppSrq::default(),
-        context,
+        context: Arc::clone(&context),
         queue: ReceiveQueue::default(),
         domain,
         hardware: AtomicPtr::default(),
@@ -104,7 +104,7 @@ pub unsafe fn destroy(app: *mut ibv_srq) -> Verb<()> {
             .objects()
             .shared_queues
             .remove(queue.index.load(Ordering::Relaxed));
-        let unread = super::queue_pair::purge_events(queue.context, app.expose_provenance());
+        let unread = super::queue_pair::purge_events(&queue.context, app.expose_provenance());
         queue.delivered.load(Ordering::Relaxed).wrapping_sub(unread)
     };
     // SAFETY: libibverbs initialized mutex and condition when the queue was created.
@@ -172,7 +172,7 @@ pub unsafe fn post(app: *mut ibv_srq, first: *mut ibv_recv_wr, bad: *mut *mut ib
     // SAFETY: as the caller vouches.
     unsafe {
         let queue = SharedReceiveQueue::of(app);
-        queue.queue.post(queue.context, first, bad)
+        queue.queue.post(&queue.context, first, bad)
     }
 }
 
@@ -256,7 +256,7 @@ impl SharedReceiveQueue {
     /// Posts again what was posted; then the limit, which must not fire for an empty queue.
     pub(crate) fn repost(&self) -> Verb<()> {
         let (hardware, post) = (self.hardware().cast(), self.hardware_post()?);
-        self.queue.restart(self.context, hardware, post, false)?;
+        self.queue.restart(&self.context, hardware, post, false)?;
         let mut attr = *lock(&self.attr);
         if attr.srq_limit > 0 {
             // SAFETY: rebuilt, so the hardware is there.

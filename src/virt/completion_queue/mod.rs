@@ -39,7 +39,7 @@ pub struct CompletionQueue {
     /// Changed under the lock, but for [`lock::WANTED`].
     general: AtomicU32,
     state: UnsafeCell<State>,
-    pub(crate) context: &'static Context,
+    pub(crate) context: Arc<Context>,
     channel: Option<Arc<Channel>>,
     vector: c_int,
     /// Events written to the application's channel. Changed under `Process::events` only.
@@ -84,7 +84,7 @@ pub unsafe fn create(
     let channel = match channel.is_null() {
         true => None,
         // SAFETY: as the caller vouches; the gate is held.
-        false => Some(unsafe { Channel::of(context, channel)? }),
+        false => Some(unsafe { Channel::of(&context, channel)? }),
     };
     let state = State {
         hardware: std::ptr::null_mut(),
@@ -101,7 +101,7 @@ pub unsafe fn create(
         lock: QueueLock::default(),
         general: AtomicU32::new(if process().translates() { TRANSLATE } else { 0 }),
         state: UnsafeCell::new(state),
-        context,
+        context: Arc::clone(&context),
         channel,
         vector,
         delivered: AtomicU32::new(0),

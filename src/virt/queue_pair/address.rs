@@ -71,7 +71,7 @@ impl QueuePair {
         };
         if mask & IBV_QP_AV != 0 {
             translated.ah_attr =
-                translate_address(self.context, &directory, vector).ok_or(Errno::INVALID)?;
+                translate_address(&self.context, &directory, vector).ok_or(Errno::INVALID)?;
         }
         if mask & IBV_QP_DEST_QPN != 0 {
             // A number that is in no table is younger than the restart and means itself.

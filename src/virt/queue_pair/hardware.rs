@@ -73,7 +73,7 @@ impl QueuePair {
 
     pub(super) fn attach_send_queue(&self) -> Verb<()> {
         self.send
-            .attach(self.hardware(), hardware_post_send(self.context)?);
+            .attach(self.hardware(), hardware_post_send(&self.context)?);
         Ok(())
     }
 
@@ -303,7 +303,7 @@ impl QueuePair {
         if self.shared.is_null() {
             let post = self.hardware_post_receive()?;
             self.receive
-                .restart(self.context, self.hardware().cast(), post, true)?;
+                .restart(&self.context, self.hardware().cast(), post, true)?;
         }
         if target == IBV_QPS_INIT {
             return Ok(Connected::AsBefore);
@@ -355,7 +355,7 @@ impl QueuePair {
     ) -> Verb<Connected> {
         let (known, set) = attributes.all();
         let found = attributes.peer().and_then(|(address, qpn)| {
-            let vector = translate_address(self.context, directory, &known.ah_attr)?;
+            let vector = translate_address(&self.context, directory, &known.ah_attr)?;
             Some((directory.peer(address, qpn)?, vector))
         });
         let mut ready = ibv_qp_attr {
@@ -421,7 +421,7 @@ impl QueuePair {
     /// # Errors
     /// What the device answers; then the queue pair is in the error state.
     pub(crate) fn open(&self) -> Verb<()> {
-        self.send.open(self.context, || self.move_to_error())
+        self.send.open(&self.context, || self.move_to_error())
     }
 
     /// Closes it; `false` if a thread stays inside.

@@ -17,8 +17,8 @@ pub use post::{post_receive, post_send};
 pub(crate) use settle::Fate;
 
 use std::ffi::c_void;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rdma_core_sys::{
     IBV_QP_CAP, IBV_QP_PATH_MTU, IBV_QP_STATE, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR,
@@ -48,7 +48,7 @@ pub struct QueuePair {
     app: AppQp,
     send: SendQueue,
     receive: ReceiveQueue,
-    pub(crate) context: &'static Context,
+    pub(crate) context: Arc<Context>,
     domain: *const ProtectionDomain,
     pub(crate) send_completions: *const CompletionQueue,
     pub(crate) receive_completions: *const CompletionQueue,
@@ -85,14 +85,14 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut 
     if init.send_cq.is_null() || init.recv_cq.is_null() {
         return Err(Errno::INVALID);
     }
-    let context = domain.context;
+    let context = Arc::clone(&domain.context);
     // SAFETY: as the caller vouches.
     let mut pair = unsafe {
         Box::new(QueuePair {
             app: AppQp::default(),
             send: SendQueue::new(init.qp_type),
             receive: ReceiveQueue::default(),
-            context,
+            context: Arc::clone(&context),
             domain,
             send_completions: CompletionQueue::of(init.send_cq),
             receive_completions: CompletionQueue::of(init.recv_cq),
@@ -107,7 +107,7 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut 
             index: AtomicUsize::new(0),
         })
     };
-    pair.create_hardware(|number| collides(context, number))?;
+    pair.create_hardware(|number| collides(&context, number))?;
     init.cap = pair.capacity;
     pair.number = VirtualQpn(pair.hardware_number().map_or(0, |number| number.0));
     // SAFETY: the hardware's object was made just now; `app` is ours until it is returned.
@@ -176,7 +176,7 @@ pub unsafe fn destroy(app: *mut ibv_qp) -> Verb<()> {
                 queue.drain(|_| false);
             });
         }
-        let unread = purge_events(pair.context, app.expose_provenance());
+        let unread = purge_events(&pair.context, app.expose_provenance());
         pair.delivered.load(Ordering::Relaxed).wrapping_sub(unread)
     };
     // SAFETY: initialized in `create`; `ibv_ack_async_event` uses both.

@@ -137,7 +137,7 @@ unsafe extern "C" fn post_translated(
         {
             return post_slowly(app, request, bad);
         }
-        if !(*state).last_local.is(pair.context, (*element).lkey) {
+        if !(*state).last_local.is(&pair.context, (*element).lkey) {
             return look_up_local(app, request, bad);
         }
         let remote = (*request).opcode & !1 != IBV_WR_SEND;
@@ -201,7 +201,7 @@ unsafe extern "C" fn look_up_local(
         let key = (*(*request).sg_list).lkey;
         match (*pair.send.state.get())
             .last_local
-            .look_up(pair.context, key)
+            .look_up(&pair.context, key)
         {
             true => post_translated(app, request, bad),
             // Refused, or of no length.
@@ -232,7 +232,7 @@ unsafe extern "C" fn post_slowly(
     let posted = catch_unwind(AssertUnwindSafe(|| unsafe {
         let pair = QueuePair::of(app);
         pair.send
-            .post_slowly(pair.send.lock.adopt(), pair.context, request, bad)
+            .post_slowly(pair.send.lock.adopt(), &pair.context, request, bad)
     }));
     posted.unwrap_or(libc::EIO)
 }
@@ -250,7 +250,7 @@ pub unsafe fn post_receive(
     // SAFETY: as the caller vouches.
     unsafe {
         let pair = QueuePair::of(app);
-        pair.receive.post(pair.context, request, bad)
+        pair.receive.post(&pair.context, request, bad)
     }
 }
 

@@ -11,7 +11,7 @@ use rdma_core_sys::{
 use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE};
 use crate::errno::{Errno, Verb};
 use crate::handle::VirtualKey;
-use crate::log::{SendSlot, is_simple};
+use crate::log::SendSlot;
 use crate::translate::Directory;
 use crate::virt::address_handle::AddressHandle;
 use crate::virt::context::Context;
@@ -91,12 +91,6 @@ impl State {
     }
 
     unsafe fn log(&mut self, general: u32, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
-        // SAFETY: as the caller vouches.
-        let wr = unsafe { &*request };
-        // Has something else where an address handle would be.
-        if general & DATAGRAM != 0 && is_simple(wr) && wr.opcode & !1 != IBV_WR_SEND {
-            return Err(Errno::INVALID);
-        }
         if general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
             return Err(Errno::NO_MEMORY);
         }
@@ -154,9 +148,7 @@ impl State {
         // SAFETY: the entry was logged just now.
         unsafe {
             if general & HOLD != 0 {
-                if general & TRANSLATE != 0 {
-                    translate_elements(context, &(*slot).wr, &mut self.elements)?;
-                }
+                self.check(general, context, &(*slot).wr)?;
                 if self.held_from.is_null() {
                     self.held_from = slot;
                 }
@@ -164,6 +156,20 @@ impl State {
                 self.post_slot(general, context, slot)?;
             }
             self.ring.commit(slot);
+        }
+        Ok(())
+    }
+
+    /// Refuses a request that is to be held where [`Self::post_slot`] would.
+    unsafe fn check(&self, general: u32, context: &Context, request: &ibv_send_wr) -> Verb<()> {
+        if general & DATAGRAM != 0 {
+            names_address_handle(request)?;
+        }
+        if general & TRANSLATE != 0 && request.send_flags & IBV_SEND_INLINE == 0 {
+            for index in 0..request.num_sge as usize {
+                // SAFETY: the request is that of an entry.
+                local_key(context, unsafe { &*request.sg_list.add(index) })?;
+            }
         }
         Ok(())
     }
@@ -180,6 +186,7 @@ impl State {
             let mut copy = (*slot).wr;
             copy.next = std::ptr::null_mut();
             if general & DATAGRAM != 0 {
+                names_address_handle(&copy)?;
                 let handle = AddressHandle::of(copy.wr.ud.ah);
                 copy.wr.ud.ah = handle.hardware();
                 copy.wr.ud.remote_qpn = handle.remote_qpn(copy.wr.ud.remote_qpn);
@@ -188,7 +195,14 @@ impl State {
                 }
             }
             if general & TRANSLATE != 0 {
-                if translate_elements(context, &copy, &mut self.elements)? {
+                if copy.send_flags & IBV_SEND_INLINE == 0 {
+                    for index in 0..copy.num_sge as usize {
+                        let element = *copy.sg_list.add(index);
+                        self.elements[index] = ibv_sge {
+                            lkey: local_key(context, &element)?,
+                            ..element
+                        };
+                    }
                     copy.sg_list = self.elements.as_mut_ptr();
                 }
                 if copy.opcode & !1 != IBV_WR_SEND {
@@ -233,25 +247,11 @@ impl State {
     }
 }
 
-/// Puts a request's elements in the hardware's terms; `false` for inline bytes, whose keys mean nothing.
-///
-/// # Safety
-/// `request` must be that of an entry, and `to` have room for as many elements.
-unsafe fn translate_elements(
-    context: &Context,
-    request: &ibv_send_wr,
-    to: &mut [ibv_sge],
-) -> Verb<bool> {
-    if request.send_flags & IBV_SEND_INLINE != 0 {
-        return Ok(false);
+/// Others have something else in that place.
+#[inline(always)]
+fn names_address_handle(request: &ibv_send_wr) -> Verb<()> {
+    match request.opcode & !1 {
+        IBV_WR_SEND => Ok(()),
+        _ => Err(Errno::INVALID),
     }
-    for (index, to) in to.iter_mut().enumerate().take(request.num_sge as usize) {
-        // SAFETY: as the caller vouches.
-        let element = unsafe { *request.sg_list.add(index) };
-        *to = ibv_sge {
-            lkey: local_key(context, &element)?,
-            ..element
-        };
-    }
-    Ok(true)
 }
