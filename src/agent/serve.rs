@@ -6,6 +6,13 @@ use crate::checkpoint::{self, Let, Outside, Stopped};
 use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, ResponderState, Session};
 use crate::virt::process::process;
 
+/// The agent answers nobody else meanwhile, so whoever asks cannot make it wait for longer.
+const LONGEST: Duration = Duration::from_secs(60);
+
+fn limit(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds).min(LONGEST)
+}
+
 /// Where the process stands.
 #[derive(Debug)]
 pub(super) struct State {
@@ -69,7 +76,7 @@ impl State {
             }
             Request::Close { limit_ms } => {
                 self.require(&[Phase::Running])?;
-                checkpoint::close(Duration::from_millis(limit_ms))?;
+                checkpoint::close(limit(limit_ms))?;
                 self.enter(Phase::Closed)
             }
             Request::Peers => {
@@ -87,7 +94,7 @@ impl State {
                 self.require(&[Phase::Closed])?;
                 let forward = || super::events::forward(Phase::Closed);
                 Ok(Reply::Drained {
-                    drained: checkpoint::drain(Duration::from_millis(limit_ms), arrivals, forward),
+                    drained: checkpoint::drain(limit(limit_ms), arrivals, forward),
                 })
             }
             Request::Stop { limit_ms } => {
@@ -95,7 +102,7 @@ impl State {
                 super::events::forward(self.phase);
                 // Once one queue pair has been moved there is no way back to Closed.
                 self.phase = Phase::Stopped;
-                self.stopped = checkpoint::stop(Duration::from_millis(limit_ms))?;
+                self.stopped = checkpoint::stop(limit(limit_ms))?;
                 self.enter(Phase::Stopped)
             }
             Request::Responders => {
