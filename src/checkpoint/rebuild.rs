@@ -263,7 +263,11 @@ pub(crate) fn connect(job: &[ProcessNumbers]) -> Phase<Vec<String>> {
         // SAFETY: the gate is closed, so nothing is destroyed.
         unsafe {
             for (_, handle) in &objects.address_handles {
-                if let Err(error) = handle.get().rebuild() {
+                let handle = handle.get();
+                if let Err(error) = handle.rebuild() {
+                    if let Err(error) = handle.park() {
+                        tracing::warn!(%error, "datagrams to an address that is gone are refused");
+                    }
                     notes.push(format!(
                         "an address handle of {} leads nowhere now: {error}",
                         context.name()

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use rdma_core_sys::{ibv_ah, ibv_ah_attr, ibv_pd};
 
@@ -25,6 +25,8 @@ pub struct AddressHandle {
     hardware: AtomicPtr<ibv_ah>,
     /// Queue pair numbers at the destination; from the first restart on.
     qpns: AtomicPtr<KeyTable>,
+    /// Where datagrams go instead, if nobody is at the address any more; else 0.
+    dead_end: AtomicU32,
     /// Keeps `qpns` alive.
     qpns_owner: Mutex<Option<Arc<KeyTable>>>,
     index: AtomicUsize,
@@ -52,6 +54,7 @@ pub unsafe fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> Verb<*mut ibv_a
         attr,
         hardware: AtomicPtr::default(),
         qpns: AtomicPtr::default(),
+        dead_end: AtomicU32::new(0),
         qpns_owner: Mutex::default(),
         index: AtomicUsize::new(0),
     });
@@ -108,6 +111,10 @@ impl AddressHandle {
     /// The hardware's number for a queue pair at the destination. One that is in no table is younger than the last
     /// restart and means itself.
     pub(crate) fn remote_qpn(&self, qpn: u32) -> u32 {
+        match self.dead_end.load(Ordering::Relaxed) {
+            0 => {}
+            dead_end => return dead_end,
+        }
         // SAFETY: null or kept alive by `qpns_owner` until the gate is closed.
         unsafe { self.qpns.load(Ordering::Acquire).as_ref() }
             .and_then(|qpns| qpns.get(qpn))
@@ -139,10 +146,23 @@ impl AddressHandle {
             );
             *lock(&self.qpns_owner) = qpns;
         }
+        self.dead_end.store(0, Ordering::Relaxed);
+        self.make(&mut attr)
+    }
+
+    /// Nobody is at the address any more: what is sent there goes to a queue pair that takes nothing, and is lost, as on a wire
+    /// that leads nowhere.
+    pub(crate) fn park(&self) -> Verb<()> {
+        let (mut own, number) = self.context.dead_end(self.attr.port_num, &self.attr)?;
+        self.dead_end.store(number.0, Ordering::Relaxed);
+        self.make(&mut own)
+    }
+
+    fn make(&self, attr: &mut ibv_ah_attr) -> Verb<()> {
         let verbs = self.context.verbs;
         // SAFETY: the domain outlives its handles; the gate is held or closed by us.
-        let hardware = verbs
-            .pointer(unsafe { (verbs.ibv_create_ah)((*self.domain).hardware(), &raw mut attr) })?;
+        let hardware =
+            verbs.pointer(unsafe { (verbs.ibv_create_ah)((*self.domain).hardware(), attr) })?;
         self.hardware.store(hardware, Ordering::Release);
         Ok(())
     }
