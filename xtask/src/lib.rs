@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod demo;
+pub mod fuzz;
 pub mod guest_io;
 pub mod handles;
 pub mod initramfs;

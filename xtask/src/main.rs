@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use xtask::vm::{self, Device, Machine};
-use xtask::{demo, setup, stage, test};
+use xtask::{demo, fuzz, setup, stage, test};
 
 /// Tasks of the reverbs project.
 #[derive(Parser)]
@@ -36,6 +36,17 @@ enum Task {
     },
     /// Save an MPI benchmark in mid-run, and finish it in a second machine on another device
     Demo,
+    /// Run the fuzz targets of tests/fuzz, with AddressSanitizer
+    Fuzz {
+        /// How long to run each
+        #[arg(long, value_name = "S", default_value_t = 60)]
+        seconds: u64,
+        /// Afterwards put into the kept corpus what was found beyond it
+        #[arg(long)]
+        keep: bool,
+        /// Only this one
+        target: Option<String>,
+    },
     /// Run all tests, on the host and in the test machine
     Test {
         /// Also those that take long
@@ -88,12 +99,29 @@ fn main() -> ExitCode {
         Task::Vm(arguments) => run_in_machine(&arguments),
         Task::Stage { folder } => stage::stage(&folder).map(|()| ExitCode::SUCCESS),
         Task::Demo => demo::run().map(|()| ExitCode::SUCCESS),
+        Task::Fuzz {
+            seconds,
+            keep,
+            target,
+        } => run_fuzz(seconds, keep, target).map(|()| ExitCode::SUCCESS),
         Task::Test { long, filter } => test::run(long, filter.as_deref()).map(status_of),
     };
     done.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
         ExitCode::from(125)
     })
+}
+
+fn run_fuzz(seconds: u64, keep: bool, target: Option<String>) -> Result<()> {
+    setup::ensure()?;
+    let targets = target.map_or_else(fuzz::targets, |target| Ok(vec![target]))?;
+    for target in targets {
+        fuzz::run(&target, seconds)?;
+        if keep {
+            fuzz::keep(&target)?;
+        }
+    }
+    Ok(())
 }
 
 fn run_in_machine(arguments: &VmArgs) -> Result<ExitCode> {

@@ -12,6 +12,8 @@ use crate::command;
 const PACKAGES: &[&str] = &[
     // to build C programs and to look at what they do
     "gcc",
+    // libFuzzer, which is C++
+    "g++",
     "libc6-dev",
     "libibverbs-dev",
     "librdmacm-dev",

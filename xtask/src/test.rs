@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::stage::{self, cargo};
 use crate::test_plan::{RUNS, Run};
 use crate::vm::{self, Machine, Output};
-use crate::{command, demo, paths, setup};
+use crate::{command, demo, fuzz, paths, setup};
 
 /// Passed and failed tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +39,12 @@ impl Count {
     }
 }
 
+/// Seconds for each fuzz target.
+const FUZZ: u64 = 60;
+
+/// The same in the long run.
+const FUZZ_LONG: u64 = 600;
+
 /// Runs everything (`long`: also what takes long) whose name contains `filter`. The sum is the
 /// last line on stdout.
 ///
@@ -54,6 +60,7 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
         &["--release", "--package", "reverbs-benches"],
         filter,
     )?);
+    count.add(fuzz_targets(if long { FUZZ_LONG } else { FUZZ }, filter)?);
     let guest = Guest::prepare()?;
     for run in RUNS.iter().filter(|run| long || !run.long) {
         if let Some(cases) = guest.cases(run, filter)? {
@@ -75,6 +82,28 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
     }
     let Count { passed, failed } = count;
     writeln!(std::io::stdout(), "{passed} passed, {failed} failed")?;
+    Ok(count)
+}
+
+/// Each target is one test, by the name `fuzz-TARGET`.
+fn fuzz_targets(seconds: u64, filter: Option<&str>) -> Result<Count> {
+    let mut targets = fuzz::targets()?;
+    targets.retain(|target| filter.is_none_or(|filter| format!("fuzz-{target}").contains(filter)));
+    let mut count = Count::default();
+    if targets.is_empty() {
+        return Ok(count);
+    }
+    heading("inputs of every kind: each fuzz target for a while");
+    fuzz::build()?;
+    for target in targets {
+        count.add(match fuzz::run(&target, seconds) {
+            Ok(()) => Count::ONE_PASSED,
+            Err(error) => {
+                eprintln!("xtask: {error:#}");
+                Count::ONE_FAILED
+            }
+        });
+    }
     Ok(count)
 }
 
