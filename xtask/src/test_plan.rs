@@ -93,6 +93,14 @@ pub const RUNS: &[Run] = &[
         timeout: 1200,
         ..RUN
     },
+    // Objects that come and go.
+    Run {
+        name: "leaks",
+        cases: &["^leak"],
+        options: &["--cycles", "100"],
+        timeout: 600,
+        ..RUN
+    },
     // Saved and brought back.
     Run {
         name: "restarts",
