@@ -153,7 +153,7 @@ impl AddressHandle {
     /// Nobody is at the address any more: what is sent there goes to a queue pair that takes nothing, and is lost, as on a wire
     /// that leads nowhere.
     pub(crate) fn park(&self) -> Verb<()> {
-        let (mut own, number) = self.context.dead_end(self.attr.port_num, &self.attr)?;
+        let (mut own, number) = self.context.dead_end(&self.attr)?;
         self.dead_end.store(number.0, Ordering::Relaxed);
         self.make(&mut own)
     }
