@@ -138,7 +138,9 @@ impl ReceiveQueue {
             let state = &mut *self.state.get();
             let mut request = first;
             while !request.is_null() {
-                if state.hardware.is_null() && state.ring.count_posted() >= state.capacity as usize
+                if state.hardware.is_null()
+                    && state.ring.is_allocated()
+                    && state.ring.count_posted() >= state.capacity as usize
                 {
                     *bad = request;
                     return libc::ENOMEM;
