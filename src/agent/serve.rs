@@ -102,7 +102,7 @@ impl State {
                 super::events::forward(self.phase);
                 // Once one queue pair has been moved there is no way back to Closed.
                 self.phase = Phase::Stopped;
-                self.stopped = checkpoint::stop(limit(limit_ms))?;
+                checkpoint::stop(&mut self.stopped, limit(limit_ms))?;
                 self.enter(Phase::Stopped)
             }
             Request::Responders => {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use rdma_core_sys::{IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD};
+use rdma_core_sys::{IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, IBV_WC_SUCCESS};
 
 use super::Phase;
 use crate::control::message::{DrainReport, PortAddress, Progress, ResponderState};
@@ -30,6 +30,8 @@ pub(crate) struct Stopped {
     numbers: HashSet<u32>,
     /// Requests that came back flushed because of it, by the `wr_id` they went down with.
     flushed: HashSet<u64>,
+    /// Of these queue pairs, those that had failed on their own account a moment before, as another completion shows.
+    failed: HashSet<usize>,
 }
 
 /// Takes completions from the hardware until nothing is outstanding or `limit` is over; where there are none, `arrivals` asks
@@ -56,19 +58,24 @@ pub(crate) fn drain(limit: Duration, arrivals: bool, forward: impl Fn()) -> Drai
 }
 
 /// Moves the queue pairs that still have sends outstanding to the error state, and collects what that flushes.
-pub(crate) fn stop(limit: Duration) -> Phase<Stopped> {
-    let mut stopped = Stopped::default();
+///
+/// After an error the others are stopped all the same; whatever was not, [`responders`] stops.
+pub(crate) fn stop(stopped: &mut Stopped, limit: Duration) -> Phase<()> {
+    let mut outcome = Ok(());
     each_pair(|_, pair| {
-        pair.note_state()
-            .map_err(|error| fail("query", pair, error))?;
-        let sends = [IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
-        if sends && pair.outstanding() > 0 {
-            stopped.move_to_error(pair)?;
-        }
+        let moved = match pair.note_state() {
+            Ok(()) if pair.outstanding() > 0 && can_send(pair) => stopped.move_to_error(pair),
+            noted => noted.map_err(|error| fail("query", pair, error)),
+        };
+        outcome = std::mem::replace(&mut outcome, Ok(())).and(moved);
         Ok(())
     })?;
     stopped.collect_until_silent(limit);
-    Ok(stopped)
+    outcome
+}
+
+fn can_send(pair: &QueuePair) -> bool {
+    [IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore())
 }
 
 /// How far each responder came. All processes have stopped sending, but a packet may still be on the way; so responders are
@@ -77,8 +84,16 @@ pub(crate) fn responders(stopped: &mut Stopped) -> Phase<Vec<ResponderState>> {
     const LIMIT: Duration = Duration::from_millis(200);
     stopped.collect_until_silent(LIMIT);
     each_pair(|_, pair| {
-        let receives = [IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
-        if receives && pair.is_reliable() && !stopped.has(pair) {
+        if stopped.has(pair) {
+            return Ok(());
+        }
+        // Stop may not have got as far as this one.
+        pair.note_state()
+            .map_err(|error| fail("query", pair, error))?;
+        let responds = pair.is_reliable()
+            && [IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD].contains(&pair.state_to_restore());
+        let sends = can_send(pair) && pair.outstanding() > 0;
+        if responds || sends {
             stopped.move_to_error(pair)?;
         }
         Ok(())
@@ -123,6 +138,9 @@ pub(crate) fn settle(stopped: &Stopped, responders: &[ResponderState]) -> Phase<
             let ours = peer.peer == Some(pair.number()) || peer.progress == Progress::Nothing;
             ours.then_some(peer.progress)
         });
+        if stopped.failed.contains(&std::ptr::from_ref(pair).addr()) {
+            pair.give_up();
+        }
         match pair.settle(&stopped.flushed, responder) {
             Fate::Known { again } => tracing::debug!(qpn = pair.number().0, again, "settled"),
             Fate::Unknown { why } => {
@@ -168,8 +186,10 @@ impl Stopped {
         self.pairs.insert(std::ptr::from_ref(pair).addr());
         self.numbers
             .extend(pair.hardware_number().map(|number| number.0));
-        pair.move_to_error()
-            .map_err(|error| fail("stop", pair, error))?;
+        if let Err(error) = pair.move_to_error() {
+            self.pairs.remove(&std::ptr::from_ref(pair).addr());
+            return Err(fail("stop", pair, error));
+        }
         self.collect();
         Ok(())
     }
@@ -191,6 +211,7 @@ impl Stopped {
             pairs,
             numbers,
             flushed,
+            failed,
         } = self;
         poll_all(|completion| {
             // SAFETY: a completion of ours, whose entry is not retired yet.
@@ -202,6 +223,8 @@ impl Stopped {
             let ours = is_flushed(completion) && stopped_by_us;
             if ours {
                 flushed.insert(completion.wr_id);
+            } else if completion.status != IBV_WC_SUCCESS && stopped_by_us {
+                failed.insert(head.owner.addr());
             }
             ours
         })
