@@ -5,6 +5,7 @@
 //! catch up, and for whatever an orchestrator that was killed has left behind. When something fails, [`Driver::recover`] looks
 //! at where everybody is and takes them back to `Running`: backwards if nothing was moved yet, else forwards.
 
+mod closed;
 mod recovery;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,22 +14,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use reverbs::control::message::{
-    DeviceChoice, DrainReport, Phase, ProcessNumbers, ProcessStatus, Reply, Request, Session,
+    DeviceChoice, Phase, ProcessNumbers, ProcessStatus, Reply, Request, Session,
 };
 
 use super::agents::{AgentFailure, Agents};
-use super::outside;
 use crate::command::interrupt::Interrupt;
 use crate::command::progress::{Progress, count};
 
 /// How long an agent may wait for threads inside a verb, and for completions of a stop.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// One round of draining, and all of them together.
-const DRAIN_ROUND: Duration = Duration::from_millis(20);
-const DRAIN_LIMIT: Duration = Duration::from_secs(30);
-/// Rounds in a row without progress, neither a completion nor a packet that arrived, after which what is outstanding is taken to be stuck (no receive posted, peer not connected).
-const STILL_ROUNDS: u32 = 2;
 /// Processes that keep opening devices in the middle of a checkpoint are waited for this often.
 const MOST_CATCH_UPS: u32 = 32;
 
@@ -331,79 +326,6 @@ impl<'a, A: Agents> Driver<'a, A> {
         Ok(())
     }
 
-    /// Nothing leads out of the job, or may end in error.
-    fn look_outside(&mut self) -> Result<()> {
-        let targets = self.in_phases(&[Phase::Closed]);
-        // Whoever catches up with others has peers among them that have no hardware any more.
-        if self.tolerant || targets.len() != self.phases.len() {
-            return Ok(());
-        }
-        let peers: Vec<_> = self
-            .put(&targets, &Request::Peers)?
-            .into_iter()
-            .filter_map(|(pid, reply)| match reply {
-                Reply::Peers { contexts } => Some((pid, contexts)),
-                _ => None,
-            })
-            .collect();
-        let strays = outside::strays(&peers, |peer, device| self.agents.whose(peer, device))?;
-        if strays.is_empty() {
-            return Ok(());
-        }
-        if !self.allow_outside {
-            bail!("cannot be checkpointed: {}", outside::refusal(&strays));
-        }
-        for stray in &strays {
-            self.progress
-                .note(&format!("{stray}: it will end in the error state"));
-        }
-        let queue_pairs = strays.into_iter().map(|stray| stray.pair).collect();
-        self.put(&targets, &Request::GiveUp { queue_pairs })?;
-        Ok(())
-    }
-
-    fn drain(&mut self) -> Result<()> {
-        let began = Instant::now();
-        let mut still = 0;
-        let mut before: Option<DrainReport> = None;
-        let limit_ms = milliseconds(DRAIN_ROUND);
-        let now = loop {
-            let targets = self.in_phases(&[Phase::Closed]);
-            let mut now = DrainReport::default();
-            // Asking the devices costs a verb for each queue pair: only where something does not complete.
-            let arrivals = before.is_some();
-            for (_, reply) in self.put(&targets, &Request::Drain { limit_ms, arrivals })? {
-                if let Reply::Drained { drained } = reply {
-                    now.outstanding_sends += drained.outstanding_sends;
-                    now.completions += drained.completions;
-                    now.held_completions += drained.held_completions;
-                    if let Some(psns) = drained.expected_psns {
-                        *now.expected_psns.get_or_insert_default() += psns;
-                    }
-                }
-            }
-            still = if before.as_ref().is_some_and(|before| is_still(before, &now)) {
-                still + 1
-            } else {
-                0
-            };
-            let over = still >= STILL_ROUNDS || began.elapsed() > DRAIN_LIMIT;
-            if now.outstanding_sends == 0 || over {
-                break now;
-            }
-            before = Some(now);
-        };
-        self.progress.phase(
-            "drain",
-            began,
-            &format!(
-                "{} completions held, {} sends outstanding",
-                now.held_completions, now.outstanding_sends
-            ),
-        );
-        Ok(())
-    }
-
     fn stop(&mut self) -> Result<()> {
         let limit_ms = milliseconds(STOP_LIMIT);
         self.moved = true;
@@ -547,16 +469,6 @@ fn described(processes: &BTreeMap<i32, String>) -> String {
         .map(|(pid, why)| format!("process {pid}: {why}"))
         .collect();
     each.join("; ")
-}
-
-/// Whether nothing has happened between two rounds of draining. A long message completes nothing for a while, but its packets
-/// arrive; where one round has not asked for them, they do not count.
-fn is_still(before: &DrainReport, now: &DrainReport) -> bool {
-    let arrived = match (before.expected_psns, now.expected_psns) {
-        (Some(before), Some(now)) => before != now,
-        _ => false,
-    };
-    now.completions == 0 && before.outstanding_sends == now.outstanding_sends && !arrived
 }
 
 fn milliseconds(duration: Duration) -> u64 {
