@@ -34,6 +34,8 @@ const STEPS: [&str; 14] = [
     "resume",
 ];
 
+const BEFORE_ANYTHING_IS_MOVED: [&str; 5] = ["begin", "examine", "close", "peers", "drain"];
+
 fn session(pid: i32) -> Session {
     Session {
         id: format!("of {pid}"),
@@ -129,7 +131,7 @@ fn a_failure_in_any_step_fails_the_cycle_and_leaves_everybody_running() {
             });
             assert_all_running(&job, &case);
             assert_eq!(job.broken_rules, [""; 0], "{case}");
-            if ["begin", "examine", "close", "peers", "drain"].contains(&step) {
+            if BEFORE_ANYTHING_IS_MOVED.contains(&step) {
                 assert!(
                     job.agents.values().all(|agent| agent.rebuilds == 0),
                     "{case}"
@@ -193,7 +195,7 @@ fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
 
 #[test]
 fn nobody_goes_on_without_one_that_is_stopped() {
-    for step in &STEPS[..12] {
+    for step in &STEPS[..13] {
         for comes_back in [true, false] {
             let mut job = FakeJob::of(&[Phase::Running; 3]);
             job.agents.get_mut(&101).unwrap().mishap = Some((step, Mishap::Stops));
@@ -208,7 +210,7 @@ fn nobody_goes_on_without_one_that_is_stopped() {
                 assert!(error.contains("process 101: stopped"), "{step}: {error}");
                 assert!(error.contains("reverbs resume"), "{step}: {error}");
             });
-            let moved = !["begin", "examine", "close", "drain"].contains(step);
+            let moved = !BEFORE_ANYTHING_IS_MOVED.contains(step);
             for pid in [100, 102] {
                 let agent = &job.agents[&pid];
                 // Those that were connected may run: nothing that they send is lost to it.
