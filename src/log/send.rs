@@ -239,6 +239,7 @@ impl SendRing {
     ///
     /// # Errors
     /// `EINVAL`: more elements or inline bytes than the queue has room for. `EOPNOTSUPP`: an opcode we do not have.
+    #[inline(always)]
     pub unsafe fn log(&mut self, wr: *const ibv_send_wr) -> Verb<*mut SendSlot> {
         // SAFETY: as above.
         unsafe {
@@ -357,6 +358,7 @@ impl SendRing {
     ///
     /// # Safety
     /// `slot` must be an entry of this ring, and the one before it be counted, if that is of the same connection.
+    #[cold]
     pub unsafe fn count_receives(&self, slot: *mut SendSlot) {
         let takes_receive = [
             IBV_WR_SEND,

@@ -31,6 +31,7 @@ pub(crate) fn close(
 }
 
 /// Leaves the lock to the agent as long as it wants it.
+#[inline(always)]
 pub(crate) fn step_aside<'a>(
     lock: &'a QueueLock,
     word: &AtomicU32,

@@ -279,7 +279,7 @@ mod tests {
 
     const BEFORE: &str = r#"[{"pid":9,"phase":"running","contexts":[
         {"device":"rxe1","hardware_device":"rxe1","queue_pairs":[]},
-        {"device":"rxe0","hardware_device":"rxe0","queue_pairs":[
+        {"device":"rxe0","hardware_device":"rxe0","responder_psn_is_live":true,"queue_pairs":[
             {"virtual_qpn":17,"hardware_qpn":17},{"virtual_qpn":18,"hardware_qpn":18}]}]}]"#;
 
     fn check(edit: impl Fn(&str) -> String) -> Result<()> {

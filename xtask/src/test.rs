@@ -95,12 +95,23 @@ fn fuzz_targets(seconds: u64, filter: Option<&str>) -> Result<Count> {
     }
     heading("inputs of every kind: each fuzz target for a while");
     fuzz::build()?;
-    for target in targets {
-        count.add(match fuzz::run(&target, seconds) {
-            Ok(()) => Count::ONE_PASSED,
-            Err(error) => {
-                eprintln!("xtask: {error:#}");
-                Count::ONE_FAILED
+    // Each keeps one processor busy.
+    let at_once = std::thread::available_parallelism()?.get();
+    for some in targets.chunks(at_once) {
+        std::thread::scope(|scope| {
+            let running: Vec<_> = some
+                .iter()
+                .map(|target| scope.spawn(|| fuzz::run(target, seconds)))
+                .collect();
+            for run in running {
+                count.add(match run.join() {
+                    Ok(Ok(())) => Count::ONE_PASSED,
+                    Ok(Err(error)) => {
+                        eprintln!("xtask: {error:#}");
+                        Count::ONE_FAILED
+                    }
+                    Err(_) => Count::ONE_FAILED,
+                });
             }
         });
     }

@@ -73,15 +73,15 @@ pub const RUNS: &[Run] = &[
     // The same on a device that does not behave.
     Run {
         name: "wrapped",
-        cases: &["^wrapped"],
-        options: &["--cycles", "20"],
+        cases: &["=wrapped-rc", "=wrapped-ud-srq", "=wrapped-failing"],
+        options: &["--cycles", "12"],
         timeout: 900,
         ..RUN
     },
     // Objects, threads and forked children in every situation.
     Run {
         name: "corners",
-        cases: &["^corner", "=fork-plain", "=fork-variable"],
+        cases: &["^corner", "=fork-plain"],
         timeout: 900,
         ..RUN
     },

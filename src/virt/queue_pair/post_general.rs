@@ -90,6 +90,7 @@ impl State {
         }
     }
 
+    #[inline(always)]
     unsafe fn log(&mut self, general: u32, request: *const ibv_send_wr) -> Verb<*mut SendSlot> {
         if general & HOLD != 0 && self.ring.outstanding().count() >= self.capacity as usize {
             return Err(Errno::NO_MEMORY);

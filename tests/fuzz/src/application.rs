@@ -386,7 +386,10 @@ impl Application {
         agent.ask(Request::Close { limit_ms: 1000 });
         self.closed = true;
         at(self);
-        agent.ask(Request::Drain { limit_ms: 0 });
+        agent.ask(Request::Drain {
+            limit_ms: 0,
+            arrivals: true,
+        });
         at(self);
         self.excuse_lost_answers();
         agent.ask(Request::Stop { limit_ms: 1000 });
@@ -448,7 +451,10 @@ impl Application {
         assert_eq!(device().violations, [""; 0]);
         let mut agent = Agent::begin(&self.runtime_dir);
         agent.ask(Request::Close { limit_ms: 1000 });
-        let Reply::Drained { drained } = agent.ask(Request::Drain { limit_ms: 0 }) else {
+        let Reply::Drained { drained } = agent.ask(Request::Drain {
+            limit_ms: 0,
+            arrivals: true,
+        }) else {
             panic!("drain is answered by a report");
         };
         agent.ask(Request::Resume);

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use reverbs::control::message::{
-    ContextNumbers, DeviceChoice, PROTOCOL_VERSION, Phase, PortAddress, PortNumbers,
-    ProcessNumbers, QueuePairNumbers, Reply, Request, ResponderState, Session,
+    ContextNumbers, DeviceChoice, HardwareQueuePair, PROTOCOL_VERSION, Phase, PortAddress,
+    PortNumbers, ProcessNumbers, Progress, QueuePairNumbers, Reply, Request, ResponderState,
+    Session,
 };
 use reverbs::control::socket;
 use reverbs::handle::{
@@ -145,7 +146,10 @@ pub fn bring_back(runtime_dir: &Path, again: bool) {
             Phase::Running => {
                 again = false;
                 ask(Request::Close { limit_ms: 1000 });
-                ask(Request::Drain { limit_ms: 0 });
+                ask(Request::Drain {
+                    limit_ms: 0,
+                    arrivals: true,
+                });
                 ask(Request::Stop { limit_ms: 1000 });
             }
             Phase::Closed | Phase::Connected => {
@@ -192,6 +196,7 @@ fn request(bytes: &mut Unstructured<'_>, kind: usize) -> Result<Request> {
         },
         3 => Request::Drain {
             limit_ms: limit(bytes)?,
+            arrivals: bytes.arbitrary()?,
         },
         4 => Request::Stop {
             limit_ms: limit(bytes)?,
@@ -205,7 +210,11 @@ fn request(bytes: &mut Unstructured<'_>, kind: usize) -> Result<Request> {
                         lid: VirtualLid(bytes.arbitrary()?),
                     },
                     qpn: VirtualQpn(number(bytes)?),
-                    expected: Psn(bytes.arbitrary()?),
+                    peer: match bytes.arbitrary()? {
+                        true => Some(VirtualQpn(number(bytes)?)),
+                        false => None,
+                    },
+                    progress: progress(bytes)?,
                 })
             })?,
         },
@@ -227,6 +236,16 @@ fn request(bytes: &mut Unstructured<'_>, kind: usize) -> Result<Request> {
         },
         11 => Request::Resume,
         12 => Request::Status,
+        13 => Request::Peers,
+        14 => Request::GiveUp {
+            queue_pairs: list(bytes, |bytes| {
+                Ok(HardwareQueuePair {
+                    pid: std::process::id().cast_signed(),
+                    hardware_device: name(),
+                    hardware_qpn: HardwareQpn(number(bytes)?),
+                })
+            })?,
+        },
         _ => Request::Hello {
             version: bytes.arbitrary()?,
         },
@@ -301,4 +320,13 @@ fn list<T>(
 ) -> Result<Vec<T>> {
     let length = bytes.int_in_range(0..=4)?;
     (0..length).map(|_| one(bytes)).collect()
+}
+
+fn progress(bytes: &mut Unstructured<'_>) -> Result<Progress> {
+    Ok(match bytes.int_in_range(0..=3)? {
+        0 => Progress::Nothing,
+        1 => Progress::Expects(Psn(bytes.arbitrary()?)),
+        2 => Progress::Received(bytes.arbitrary()?),
+        _ => Progress::Unknown,
+    })
 }
