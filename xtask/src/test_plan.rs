@@ -51,7 +51,7 @@ pub const RUNS: &[Run] = &[
             "=two-checkpoints",
             "=outside",
         ],
-        options: &["--cycles", "20"],
+        options: &["--cycles", "10"],
         timeout: 1200,
         ..RUN
     },
@@ -62,7 +62,6 @@ pub const RUNS: &[Run] = &[
             "=killed-inside",
             "=killed-criu",
             "=killed-restart",
-            "=dead-process",
             "=two-orchestrators",
             "=strangers",
             "=stale-files",
