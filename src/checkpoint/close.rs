@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Phase;
+use super::drain::{each_completion_queue, each_pair};
 use crate::virt::completion_queue::CompletionQueue;
 use crate::virt::process::process;
 
@@ -58,21 +59,13 @@ pub(crate) fn close(limit: Duration) -> Phase<()> {
 pub(crate) fn reopen() -> Phase<()> {
     let process = process();
     let mut failed = Vec::new();
-    for context in &process.contexts() {
-        let objects = context.objects();
-        // SAFETY: the gate is closed, so nothing is destroyed.
-        unsafe {
-            for (_, queue) in &objects.completion_queues {
-                queue.get().open();
-            }
-            for (_, pair) in &objects.queue_pairs {
-                let pair = pair.get();
-                if let Err(error) = pair.open() {
-                    failed.push(format!("queue pair {:#x}: {error}", pair.number().0));
-                }
-            }
+    each_completion_queue(CompletionQueue::open);
+    each_pair(|_, pair| {
+        if let Err(error) = pair.open() {
+            failed.push(format!("queue pair {:#x}: {error}", pair.number().0));
         }
-    }
+        Ok(())
+    })?;
     notify_armed();
     process.gate.open();
     if failed.is_empty() {
@@ -92,14 +85,4 @@ fn notify_armed() {
 pub(crate) fn resume() -> Phase<()> {
     each_completion_queue(CompletionQueue::translate_numbers);
     reopen()
-}
-
-/// Only while the gate is closed.
-fn each_completion_queue(visit: impl Fn(&CompletionQueue)) {
-    for context in &process().contexts() {
-        for (_, queue) in &context.objects().completion_queues {
-            // SAFETY: the gate is closed, so nothing is destroyed.
-            visit(unsafe { queue.get() });
-        }
-    }
 }

@@ -10,7 +10,7 @@ use crate::control::message::{DrainReport, PortAddress, Progress, ResponderState
 use crate::errno::Errno;
 use crate::log::SlotHead;
 use crate::translate::Address;
-use crate::virt::completion_queue::{SHARED, is_flushed};
+use crate::virt::completion_queue::{CompletionQueue, SHARED, is_flushed};
 use crate::virt::context::Context;
 use crate::virt::ports;
 use crate::virt::process::process;
@@ -63,8 +63,11 @@ pub(crate) fn drain(limit: Duration, arrivals: bool, forward: impl Fn()) -> Drai
 pub(crate) fn stop(stopped: &mut Stopped, limit: Duration) -> Phase<()> {
     let mut outcome = Ok(());
     each_pair(|_, pair| {
+        if pair.outstanding() == 0 {
+            return Ok(());
+        }
         let moved = match pair.note_state() {
-            Ok(()) if pair.outstanding() > 0 && can_send(pair) => stopped.move_to_error(pair),
+            Ok(()) if can_send(pair) => stopped.move_to_error(pair),
             noted => noted.map_err(|error| fail("query", pair, error)),
         };
         outcome = std::mem::replace(&mut outcome, Ok(())).and(moved);
@@ -246,24 +249,13 @@ fn expected_psns() -> u64 {
 
 fn poll_all(mut ours: impl FnMut(&rdma_core_sys::ibv_wc) -> bool) -> u64 {
     let mut completions = 0;
-    for context in &process().contexts() {
-        for (_, queue) in &context.objects().completion_queues {
-            // SAFETY: the gate is closed, so nothing is destroyed.
-            let queue = unsafe { queue.get() };
-            completions += queue.drain(&mut ours);
-        }
-    }
+    each_completion_queue(|queue| completions += queue.drain(&mut ours));
     completions
 }
 
 fn held() -> u64 {
     let mut sum = 0;
-    for context in &process().contexts() {
-        for (_, queue) in &context.objects().completion_queues {
-            // SAFETY: the gate is closed, so nothing is destroyed.
-            sum += unsafe { queue.get().held() };
-        }
-    }
+    each_completion_queue(|queue| sum += queue.held());
     sum
 }
 
@@ -293,4 +285,14 @@ pub(super) fn each_pair(mut visit: impl FnMut(&Context, &QueuePair) -> Phase<()>
         }
     }
     Ok(())
+}
+
+/// Visits every completion queue. Only while the gate is closed.
+pub(super) fn each_completion_queue(mut visit: impl FnMut(&CompletionQueue)) {
+    for context in &process().contexts() {
+        for (_, queue) in &context.objects().completion_queues {
+            // SAFETY: the gate is closed, so nothing is destroyed.
+            visit(unsafe { queue.get() });
+        }
+    }
 }

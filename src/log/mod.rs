@@ -10,7 +10,7 @@ mod ring;
 mod send;
 
 pub use receive::{ReceiveRing, ReceiveSlot};
-pub use send::{SendRing, SendSlot, copy_payload, is_simple};
+pub use send::{SendRing, SendSlot, copy_payload, is_simple, takes_receive};
 
 use std::ffi::c_void;
 use std::sync::atomic::AtomicU64;

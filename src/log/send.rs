@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rdma_core_sys::{
     IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
     IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
+    ibv_wr_opcode,
 };
 
 use super::SlotHead;
@@ -41,6 +42,17 @@ impl fmt::Debug for SendSlot {
             .field("head", &self.head)
             .finish_non_exhaustive()
     }
+}
+
+/// Does a request use up one of the peer's receives (IBTA 9.4.1, 9.4.3)?
+#[must_use]
+pub fn takes_receive(opcode: ibv_wr_opcode) -> bool {
+    [
+        IBV_WR_SEND,
+        IBV_WR_SEND_WITH_IMM,
+        IBV_WR_RDMA_WRITE_WITH_IMM,
+    ]
+    .contains(&opcode)
 }
 
 /// The ring. All methods need the queue's lock, but for `completed`, which pollers move.
@@ -360,14 +372,9 @@ impl SendRing {
     /// `slot` must be an entry of this ring, and the one before it be counted, if that is of the same connection.
     #[cold]
     pub unsafe fn count_receives(&self, slot: *mut SendSlot) {
-        let takes_receive = [
-            IBV_WR_SEND,
-            IBV_WR_SEND_WITH_IMM,
-            IBV_WR_RDMA_WRITE_WITH_IMM,
-        ];
         // SAFETY: as the caller vouches.
         unsafe {
-            let one = u32::from(takes_receive.contains(&(*slot).wr.opcode));
+            let one = u32::from(takes_receive((*slot).wr.opcode));
             (*slot).receives_after = self.receives_before(slot).wrapping_add(one);
         }
     }

@@ -1,11 +1,10 @@
 //! A queue pair of our own on the device below, which the application does not know of.
 
-use rdma_core_sys::{IBV_QPT_RC, ibv_ah_attr, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr};
+use rdma_core_sys::{IBV_QPT_RC, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr};
 
 use super::context::Context;
-use super::ports::ports_now;
 use crate::device::Verbs;
-use crate::errno::{Errno, Verb};
+use crate::errno::Verb;
 use crate::handle::HardwareQpn;
 
 /// An RC queue pair in RESET, for one request each way, with what it needs. Destroyed when dropped, which has to be before
@@ -85,20 +84,4 @@ impl Drop for OwnPair {
             }
         }
     }
-}
-
-/// The address vector that leads from a port to itself. The port and the source address are those of an application's vector.
-///
-/// # Errors
-/// What the device answers.
-pub(crate) fn to_itself(context: &Context, vector: &ibv_ah_attr) -> Verb<ibv_ah_attr> {
-    let port = ports_now(context, &[vector.port_num])?
-        .pop()
-        .ok_or(Errno::INVALID)?;
-    let mut own = *vector;
-    own.grh.sgid_index = context.hardware_gid_index(vector.port_num, vector.grh.sgid_index);
-    let gid = port.gids.get(usize::from(own.grh.sgid_index));
-    own.grh.dgid.raw = gid.map(|entry| entry.gid.0).unwrap_or_default();
-    own.dlid = port.lid;
-    Ok(own)
 }

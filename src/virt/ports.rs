@@ -8,7 +8,7 @@ use kmod_compat::sysfs::Sysfs;
 use rdma_core_sys::{IBV_GID_TYPE_ROCE_V2, ibv_ah_attr};
 
 use super::context::Context;
-use super::own_pair::{OwnPair, to_itself};
+use super::own_pair::OwnPair;
 use super::process::{lock, process};
 use crate::control::message::{PortAddress, PortNumbers};
 use crate::errno::{Errno, Verb};
@@ -23,8 +23,8 @@ pub struct PortMap {
     pub(crate) table_length: i32,
     /// For each index the application may name, the index to name now.
     gid_indexes: Vec<u8>,
-    /// log2 of the largest path MTU in bytes.
-    pub(crate) mtu: u8,
+    /// The port that stands for it.
+    now: PortNow,
 }
 
 impl PortMap {
@@ -227,7 +227,7 @@ pub(crate) fn map_port(then: &PortFacts, now: &PortNow) -> PortMap {
         },
         table_length: i32::try_from(then.gids.len()).unwrap_or(i32::MAX),
         gid_indexes,
-        mtu: now.mtu,
+        now: now.clone(),
     }
 }
 
@@ -275,18 +275,41 @@ impl Context {
         lock(&self.ports)
             .iter()
             .find(|known| known.numbers.port == port)
-            .map_or(12, |known| known.mtu)
+            .map_or(12, |known| known.now.mtu)
     }
 
     /// The address and number of a queue pair in RESET, which answers nobody.
     pub(crate) fn dead_end(&self, vector: &ibv_ah_attr) -> Verb<(ibv_ah_attr, HardwareQpn)> {
-        let address = to_itself(self, vector)?;
+        let address = self.to_itself(vector)?;
         let mut dead_end = lock(&self.dead_end);
-        let end = match dead_end.take() {
-            Some(end) => end,
-            None => OwnPair::new(self)?,
+        if dead_end.is_none() {
+            *dead_end = Some(OwnPair::new(self)?);
+        }
+        let number = dead_end.as_ref().map(OwnPair::number);
+        Ok((address, number.ok_or(Errno::INVALID)?))
+    }
+
+    /// The address vector that leads from a port to itself. The port and the source address are those of an application's
+    /// vector.
+    ///
+    /// # Errors
+    /// What the device answers.
+    pub(super) fn to_itself(&self, vector: &ibv_ah_attr) -> Verb<ibv_ah_attr> {
+        let port = vector.port_num;
+        let known = lock(&self.ports)
+            .iter()
+            .find(|known| known.numbers.port == port)
+            .map(|known| known.now.clone());
+        let now = match known {
+            Some(now) => now,
+            None => ports_now(self, &[port])?.pop().ok_or(Errno::INVALID)?,
         };
-        Ok((address, dead_end.insert(end).number()))
+        let mut own = *vector;
+        own.grh.sgid_index = self.hardware_gid_index(port, vector.grh.sgid_index);
+        let gid = now.gids.get(usize::from(own.grh.sgid_index));
+        own.grh.dgid.raw = gid.map(|entry| entry.gid.0).unwrap_or_default();
+        own.dlid = now.lid;
+        Ok(own)
     }
 
     /// Where the private device tree of this context is written.

@@ -3,17 +3,15 @@
 use std::time::{Duration, Instant};
 
 use rdma_core_sys::{
-    IBV_MTU_256, IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
-    IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
-    IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT,
-    IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RTR, IBV_QPS_RTS, IBV_SEND_SIGNALED, IBV_WC_SUCCESS,
-    IBV_WR_SEND, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_wc,
+    IBV_MTU_256, IBV_QP_RQ_PSN, IBV_QP_STATE, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RTR, IBV_QPS_RTS,
+    IBV_SEND_SIGNALED, IBV_WC_SUCCESS, IBV_WR_SEND, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr,
+    ibv_send_wr, ibv_wc,
 };
 
 use super::context::Context;
-use super::own_pair::{OwnPair, to_itself};
+use super::own_pair::OwnPair;
 use super::process::lock;
-use super::queue_pair::hardware_post_send;
+use super::queue_pair::{RC_TO_INIT, RC_TO_RTR, RC_TO_RTS, hardware_post_send};
 use crate::errno::{Errno, Verb};
 use crate::handle::Psn;
 
@@ -66,38 +64,18 @@ fn expected_after_one_message(context: &Context, like: &ibv_qp_attr) -> Verb<Psn
     let mut attr: ibv_qp_attr = unsafe { std::mem::zeroed() };
     attr.pkey_index = like.pkey_index;
     attr.port_num = like.ah_attr.port_num;
-    attr.ah_attr = to_itself(context, &like.ah_attr)?;
+    attr.ah_attr = context.to_itself(&like.ah_attr)?;
     attr.path_mtu = IBV_MTU_256;
     attr.dest_qp_num = own.number().0;
     (attr.rq_psn, attr.sq_psn) = (FIRST.0, FIRST.0);
     (attr.max_dest_rd_atomic, attr.max_rd_atomic) = (1, 1);
     (attr.timeout, attr.retry_cnt, attr.rnr_retry) = (TIMEOUT, RETRIES, RETRIES);
     attr.qp_state = IBV_QPS_INIT;
-    modify(
-        attr,
-        IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS,
-    )?;
+    modify(attr, RC_TO_INIT)?;
     attr.qp_state = IBV_QPS_RTR;
-    modify(
-        attr,
-        IBV_QP_STATE
-            | IBV_QP_AV
-            | IBV_QP_PATH_MTU
-            | IBV_QP_DEST_QPN
-            | IBV_QP_RQ_PSN
-            | IBV_QP_MAX_DEST_RD_ATOMIC
-            | IBV_QP_MIN_RNR_TIMER,
-    )?;
+    modify(attr, RC_TO_RTR)?;
     attr.qp_state = IBV_QPS_RTS;
-    modify(
-        attr,
-        IBV_QP_STATE
-            | IBV_QP_SQ_PSN
-            | IBV_QP_TIMEOUT
-            | IBV_QP_RETRY_CNT
-            | IBV_QP_RNR_RETRY
-            | IBV_QP_MAX_QP_RD_ATOMIC,
-    )?;
+    modify(attr, RC_TO_RTS)?;
     send_to_itself(context, &own)?;
     attr.qp_state = IBV_QPS_ERR;
     modify(attr, IBV_QP_STATE)?;

@@ -10,6 +10,18 @@ use rdma_core_sys::{
 use crate::handle::{Psn, VirtualQpn};
 use crate::translate::Address;
 
+/// What a reliable connection must be told on its way to ready (IBTA 11.2.5.2, table of required attributes).
+pub(in crate::virt) const RC_TO_INIT: u32 =
+    IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
+pub(in crate::virt) const RC_TO_RTR: u32 =
+    UC_TO_RTR | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
+pub(in crate::virt) const RC_TO_RTS: u32 =
+    UC_TO_RTS | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
+/// An unreliable connection is told less.
+pub(super) const UC_TO_RTR: u32 =
+    IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
+pub(super) const UC_TO_RTS: u32 = IBV_QP_STATE | IBV_QP_SQ_PSN;
+
 /// The sum of all successful `ibv_modify_qp`.
 #[derive(Clone, Copy)]
 pub(super) struct Attributes {

@@ -1,12 +1,12 @@
 //! How many of the outstanding requests the peer has executed. docs/checkpoint.md, "Settling", has the argument.
 
 use rdma_core_sys::{
-    IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_RDMA_READ,
-    IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_wr_opcode,
+    IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_RDMA_READ, ibv_wr_opcode,
 };
 
 use crate::control::message::Progress;
 use crate::handle::Psn;
+use crate::log::takes_receive;
 
 /// All of the outstanding lies within half of the PSN space (IBTA 9.7.2), so a distance tells the order.
 const HALF_OF_PSNS: u32 = 1 << 23;
@@ -22,15 +22,6 @@ pub(super) struct Outstanding {
 }
 
 impl Outstanding {
-    fn takes_receive(&self) -> bool {
-        [
-            IBV_WR_SEND,
-            IBV_WR_SEND_WITH_IMM,
-            IBV_WR_RDMA_WRITE_WITH_IMM,
-        ]
-        .contains(&self.opcode)
-    }
-
     /// Something comes back.
     pub(super) fn is_answered(&self) -> bool {
         self.is_read()
@@ -96,7 +87,7 @@ fn by_count(requests: &[Outstanding], acknowledged: usize, received: u32) -> Res
     let (mut executed, mut next) = (0, requests.len());
     let mut sent = None;
     for (index, request) in requests.iter().enumerate() {
-        if !request.takes_receive() {
+        if !takes_receive(request.opcode) {
             continue;
         }
         sent = request.receives_after;

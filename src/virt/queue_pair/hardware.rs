@@ -4,16 +4,15 @@ use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 
 use rdma_core_sys::{
-    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_MAX_DEST_RD_ATOMIC,
-    IBV_QP_MAX_QP_RD_ATOMIC, IBV_QP_MIN_RNR_TIMER, IBV_QP_PATH_MTU, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
-    IBV_QP_QKEY, IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
-    IBV_QP_TIMEOUT, IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS,
-    IBV_QPS_SQD, IBV_QPS_SQE, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
+    IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
+    IBV_QP_QKEY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QPS_ERR, IBV_QPS_INIT,
+    IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, IBV_QPS_SQE, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
 };
 
 use super::QueuePair;
 use super::address::translate_address;
-use super::attributes::{Attributes, path_mtu};
+use super::attributes::{Attributes, RC_TO_RTR, RC_TO_RTS, UC_TO_RTR, UC_TO_RTS, path_mtu};
 use super::doorbell;
 use super::send_queue::PostSend;
 use crate::control::message::{HardwareAddress, HardwarePeer, Progress, QueuePairNumbers};
@@ -381,36 +380,25 @@ impl QueuePair {
         };
         self.choose_counting(attributes);
         self.receive.start_counting();
-        let reliable = IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
-        let mask = IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
-        self.modify_hardware(
-            ready,
-            if self.is_reliable() {
-                mask | reliable
-            } else {
-                mask
-            } | set & IBV_QP_ACCESS_FLAGS,
-        )?;
+        let (to_rtr, to_rts) = if self.is_reliable() {
+            (RC_TO_RTR, RC_TO_RTS)
+        } else {
+            (UC_TO_RTR, UC_TO_RTS)
+        };
+        self.modify_hardware(ready, to_rtr | set & IBV_QP_ACCESS_FLAGS)?;
         let mut noted = lock(&self.attributes);
         (noted.was_ready, noted.mtu_below) = (true, ready.path_mtu);
         drop(noted);
         if attributes.released_state == IBV_QPS_RTR {
             return Ok(outcome);
         }
-        let mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
-        let reliable =
-            IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
         self.modify_hardware(
             ibv_qp_attr {
                 qp_state: IBV_QPS_RTS,
                 sq_psn: first_psn.0,
                 ..known
             },
-            if self.is_reliable() {
-                mask | reliable
-            } else {
-                mask
-            },
+            to_rts,
         )?;
         self.send.start(first_psn, 128 << ready.path_mtu);
         Ok(outcome)

@@ -12,6 +12,7 @@ mod send_queue;
 mod settle;
 
 pub(crate) use address::translate_address;
+pub(super) use attributes::{RC_TO_INIT, RC_TO_RTR, RC_TO_RTS};
 pub(crate) use datagram::rewrite_datagram;
 pub use post::{post_receive, post_send};
 pub(crate) use settle::Fate;
