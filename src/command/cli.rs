@@ -38,6 +38,21 @@ pub(crate) enum Command {
     Resume(ResumeOptions),
     Status(StatusOptions),
     Inspect(InspectOptions),
+
+    /// Called by mpirun in a job that `reverbs run` has started, as it would call ssh.
+    #[command(hide = true)]
+    Remote {
+        host: String,
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+
+    /// Started by `reverbs` on the other nodes of a job.
+    #[command(hide = true)]
+    Node {
+        #[arg(long)]
+        start: bool,
+    },
 }
 
 /// Start a job so that it can be checkpointed, and wait for it.
@@ -50,6 +65,9 @@ pub(crate) struct RunOptions {
     /// Folder for images of this job, where `reverbs checkpoint` is not told another.
     #[arg(long, value_name = "DIR")]
     pub(crate) images: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) remote: RemoteShell,
 
     /// Write the job's process id to FILE.
     #[arg(long, value_name = "FILE")]
@@ -116,6 +134,14 @@ pub(crate) struct RestartOptions {
     /// Wait for the job, and end with its exit status.
     #[arg(long)]
     pub(crate) wait: bool,
+
+    /// For a job over several nodes: what was on node OLD comes to NEW. Both as mpirun and ssh call them; the first node is
+    /// always this one. Can be given more than once.
+    #[arg(long = "node", value_name = "OLD=NEW", value_parser = moved_node)]
+    pub(crate) nodes: Vec<MovedNode>,
+
+    #[command(flatten)]
+    pub(crate) remote: RemoteShell,
 }
 
 /// Check an image and show what is in it.
@@ -172,6 +198,10 @@ pub(crate) struct ResumeOptions {
 
     #[command(flatten)]
     pub(crate) devices: Devices,
+
+    /// Give up a node that cannot be reached any more: the others go on without its processes. Can be given more than once.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) without: Vec<String>,
 }
 
 /// Show the processes of a job, their phase, and the handles they hold beside the hardware's.
@@ -193,6 +223,31 @@ pub(crate) struct Outside {
     /// error state.
     #[arg(long = "allow-outside")]
     pub(crate) allowed: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RemoteShell {
+    /// What reaches other nodes, called like ssh with a host and a command. Otherwise $REVERBS_RSH; else srun inside a Slurm
+    /// allocation; else ssh.
+    #[arg(long = "rsh", value_name = "PROGRAM")]
+    pub(crate) program: Option<String>,
+}
+
+/// A node of the image, and what takes its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MovedNode {
+    pub(crate) from: String,
+    pub(crate) to: String,
+}
+
+fn moved_node(text: &str) -> Result<MovedNode, String> {
+    match text.split_once('=') {
+        Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok(MovedNode {
+            from: from.to_owned(),
+            to: to.to_owned(),
+        }),
+        _ => Err("give OLD=NEW, names as ssh knows them".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::job::ProcessTree;
-use super::tcp_lock;
+use super::network::{Namespace, tcp_lock};
 
 /// Names another command than `criu`; words are split at spaces.
 const OVERRIDE: &str = "REVERBS_CRIU";
@@ -42,6 +42,7 @@ read -r answer < {answer} && [ \"$answer\" = go ]
 #[derive(Debug)]
 pub(crate) struct Criu {
     command: Vec<OsString>,
+    namespace: Namespace,
     pub(crate) version: String,
 }
 
@@ -79,6 +80,14 @@ impl Criu {
     /// # Errors
     /// There is none, or it does not start.
     pub(crate) fn find() -> Result<Self> {
+        Self::find_in(Namespace::default())
+    }
+
+    /// It will run in `namespace`, where the sockets of the job are.
+    ///
+    /// # Errors
+    /// As [`Criu::find`].
+    pub(crate) fn find_in(namespace: Namespace) -> Result<Self> {
         let command: Vec<OsString> = match std::env::var(OVERRIDE) {
             Ok(text) if !text.trim().is_empty() => {
                 text.split_whitespace().map(OsString::from).collect()
@@ -88,6 +97,7 @@ impl Criu {
         let name = command[0].to_string_lossy().into_owned();
         let mut criu = Self {
             command,
+            namespace,
             version: String::new(),
         };
         let output = match criu.start().arg("--version").output() {
@@ -110,10 +120,13 @@ impl Criu {
         Ok(criu)
     }
 
+    pub(crate) fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
     fn start(&self) -> Command {
-        let mut command = Command::new(&self.command[0]);
+        let mut command = self.namespace.command(&self.command[0]);
         command.args(&self.command[1..]);
-        command.env("PATH", system_path());
         command
     }
 

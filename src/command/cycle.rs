@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use reverbs::control::socket::runtime_dir;
-
 use super::cli::CycleOptions;
 use super::interrupt::Interrupt;
-use super::job::{Driver, JobLock, ProcessTree, SocketAgents, new_session, root_of};
+use super::job::{Driver, ProcessTree, new_session, root_of};
+use super::nodes::Ensemble;
 use super::progress::{Progress, count};
 
 /// # Errors
@@ -17,12 +16,10 @@ use super::progress::{Progress, count};
 pub(crate) fn cycle(options: &CycleOptions, quiet: bool) -> Result<ExitCode> {
     let root = root_of(options.pid)?;
     ProcessTree::of(root)?.require_user()?;
-    let runtime_dir = runtime_dir()?;
-    let _lock = JobLock::take(&runtime_dir, root)?;
     let interrupt = Interrupt::install()?;
     let every = Duration::from_millis(options.every);
     let many = options.until_end || options.count > 1;
-    let mut agents = SocketAgents::new(root, runtime_dir);
+    let mut agents = Ensemble::attach(root, &[])?;
     let mut took = Vec::new();
     while options.until_end || (took.len() as u64) < options.count {
         let began = Instant::now();
@@ -59,7 +56,7 @@ pub(crate) fn cycle(options: &CycleOptions, quiet: bool) -> Result<ExitCode> {
 }
 
 fn once(
-    agents: &mut SocketAgents,
+    agents: &mut Ensemble,
     progress: &mut Progress,
     interrupt: &Interrupt,
     options: &CycleOptions,

@@ -1,7 +1,7 @@
-//! What the `reverbs` command does, one module for each subcommand, over `job` (processes, agents, phases),
-//! `reverbs::image` (what a checkpoint leaves on disk), `files` (what CRIU does not carry) and `criu`.
+//! What the `reverbs` command does, one module for each subcommand, over `nodes` (all nodes of a job), `node` (what is done
+//! on each), `job` (processes, agents, phases), `reverbs::image` (what a checkpoint leaves on disk), `files` (what CRIU does
+//! not carry), `network` (what becomes of TCP) and `criu`.
 
-mod addresses;
 mod checkpoint;
 mod cli;
 mod criu;
@@ -10,13 +10,16 @@ mod files;
 mod inspect;
 mod interrupt;
 mod job;
+mod network;
+mod node;
+mod nodes;
 mod preflight;
 mod progress;
 mod restart;
 mod resume;
 mod run;
+mod secret;
 mod status;
-mod tcp_lock;
 
 use std::process::ExitCode;
 
@@ -42,6 +45,9 @@ pub(crate) fn main() -> ExitCode {
         Command::Cycle(options) => cycle::cycle(&options, cli.quiet),
         Command::Resume(options) => resume::resume(&options, cli.quiet),
         Command::Status(options) => status::status(&options),
+        Command::Remote { host, command } => nodes::start::remote(&host, &command),
+        Command::Node { start: true } => nodes::start::start_here(),
+        Command::Node { start: false } => nodes::serve(),
     };
     outcome.unwrap_or_else(|error| {
         // One line: tools and people look for it.

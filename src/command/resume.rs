@@ -4,31 +4,24 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
-use reverbs::control::socket::runtime_dir;
-
 use super::cli::ResumeOptions;
 use super::interrupt::Interrupt;
-use super::job::{Driver, JobLock, ProcessTree, SocketAgents, new_session, root_of};
+use super::job::{Driver, ProcessTree, new_session, root_of};
+use super::node::NodeRequest;
+use super::nodes::Ensemble;
 use super::progress::{Progress, count};
-use super::tcp_lock;
 
 /// # Errors
 /// Another command drives the job, or a process cannot be brought back: it is named, and the others run.
 pub(crate) fn resume(options: &ResumeOptions, quiet: bool) -> Result<ExitCode> {
     let root = root_of(options.pid)?;
-    let tree = ProcessTree::of(root)?;
-    tree.require_user()?;
-    let runtime_dir = runtime_dir()?;
-    let _lock = JobLock::take(&runtime_dir, root)?;
-    if !tree.is_traced() {
-        // A CRIU that was killed together with the command, and not one that is still at work.
-        tcp_lock::release(root, &tree.pids());
-    }
-    let mut agents = SocketAgents::new(root, runtime_dir);
+    ProcessTree::of(root)?.require_user()?;
+    let mut job = Ensemble::attach(root, &options.without)?;
+    job.all(NodeRequest::Unlock)?;
     let mut progress = Progress::new(quiet);
     // Not interruptible: half-way is what this ends.
     let mut driver = Driver::new(
-        &mut agents,
+        &mut job,
         &mut progress,
         Interrupt::default(),
         new_session()?,

@@ -7,11 +7,14 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use super::cli::RunOptions;
+use super::job::new_session;
+use super::nodes::Launcher;
+use super::nodes::start::Starter;
 
 /// Tells `reverbs checkpoint` where the images of this job go.
 pub(crate) const IMAGES_VARIABLE: &str = "REVERBS_IMAGES";
@@ -19,19 +22,15 @@ pub(crate) const IMAGES_VARIABLE: &str = "REVERBS_IMAGES";
 /// # Errors
 /// The provider is not installed, or the command cannot be started.
 pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
+    let environment = environment(options)?;
+    let starter = Starter::listen(
+        Launcher::find(options.remote.program.as_deref()),
+        new_session()?.id,
+        environment.clone(),
+    )?;
     let mut command = Command::new(&options.command[0]);
     command.args(&options.command[1..]);
-    command.env("RDMAV_DRIVERS", driver_list(&provider()?));
-    if std::env::var_os("UCX_TLS").is_none() {
-        // Everything but System V shared memory, which CRIU saves only with an IPC namespace of its own.
-        command.env("UCX_TLS", "^sysv");
-    }
-    if let Some(images) = &options.images {
-        std::fs::create_dir_all(images)
-            .and_then(|()| images.canonicalize())
-            .map(|images| command.env(IMAGES_VARIABLE, images))
-            .with_context(|| format!("cannot make the image folder {}", images.display()))?;
-    }
+    command.envs(environment).envs(starter.variables()?);
     if !options.stdin {
         command.stdin(Stdio::null());
     }
@@ -83,6 +82,29 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
         let _ = copier.join();
     }
     Ok(exit_code(status))
+}
+
+/// What the job gets from us on every node.
+fn environment(options: &RunOptions) -> Result<Vec<(String, String)>> {
+    let mut environment = vec![("RDMAV_DRIVERS".to_owned(), driver_list(&provider()?)?)];
+    let tls = std::env::var("UCX_TLS");
+    // Everything but System V shared memory, which CRIU saves only with an IPC namespace of its own.
+    let tls = tls.unwrap_or_else(|_| "^sysv".to_owned());
+    environment.push(("UCX_TLS".to_owned(), tls));
+    if let Ok(folder) = std::env::var("REVERBS_RUNTIME_DIR") {
+        environment.push(("REVERBS_RUNTIME_DIR".to_owned(), folder));
+    }
+    if let Some(images) = &options.images {
+        let images = std::fs::create_dir_all(images)
+            .and_then(|()| images.canonicalize())
+            .with_context(|| format!("cannot make the image folder {}", images.display()))?;
+        let images = images
+            .into_os_string()
+            .into_string()
+            .map_err(|_| anyhow!("the path of the image folder is not UTF-8"))?;
+        environment.push((IMAGES_VARIABLE.to_owned(), images));
+    }
+    Ok(environment)
 }
 
 fn forward(root: i32, signal: i32) {
@@ -155,7 +177,7 @@ fn provider() -> Result<PathBuf> {
 }
 
 /// Ours first; what the user has asked for stays.
-fn driver_list(provider: &Path) -> std::ffi::OsString {
+fn driver_list(provider: &Path) -> Result<String> {
     let mut list = provider.as_os_str().to_owned();
     if let Some(others) = std::env::var_os("RDMAV_DRIVERS").filter(|others| !others.is_empty())
         && !others.to_string_lossy().contains("libreverbs")
@@ -163,12 +185,13 @@ fn driver_list(provider: &Path) -> std::ffi::OsString {
         list.push(":");
         list.push(others);
     }
-    list
+    list.into_string()
+        .map_err(|_| anyhow!("the path of the provider is not UTF-8"))
 }
 
 /// A restored process gets its old id back. Just after a boot, low ids are those of the system's own processes; a job that
 /// was started with high ones finds them free. Needs a privilege and is not worth an error.
-fn leave_low_ids() {
+pub(crate) fn leave_low_ids() {
     const LAST: &str = "/proc/sys/kernel/ns_last_pid";
     let read =
         |path: &str| -> Option<u32> { std::fs::read_to_string(path).ok()?.trim().parse().ok() };

@@ -3,43 +3,88 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use serde::Serialize;
 
 use reverbs::control::message::{ContextStatus, PortNumbers, ProcessStatus, Reply, Request};
 use reverbs::control::socket::runtime_dir;
 
 use super::cli::StatusOptions;
-use super::job::{ProcessTree, ask_once, listening, root_of};
+use super::job::{AgentFailure, Agents, ask_once, listening, root_of};
+use super::nodes::Ensemble;
 use super::progress::count;
 
 /// # Errors
 /// There is no such job, none of its processes runs under reverbs, or one does not answer.
 #[expect(clippy::print_stdout)]
 pub(crate) fn status(options: &StatusOptions) -> Result<ExitCode> {
-    let runtime_dir = runtime_dir()?;
-    let pids = match options.pid {
-        Some(pid) => ProcessTree::of(root_of(pid)?)?.pids(),
-        None => listening(&runtime_dir)?,
+    let found = match options.pid {
+        Some(pid) => of_job(pid)?,
+        None => of_this_host()?,
     };
-    let mut found: Vec<ProcessStatus> = Vec::new();
-    for pid in pids {
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else {
+        for process in &found {
+            if let Some(node) = &process.node {
+                print!("{node}: ");
+            }
+            print!("{}", describe(&process.status));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A process, and its node where there are several.
+#[derive(Debug, Serialize)]
+struct Found {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<String>,
+    #[serde(flatten)]
+    status: ProcessStatus,
+}
+
+fn of_job(pid: i32) -> Result<Vec<Found>> {
+    let mut job = Ensemble::look_at(root_of(pid)?)?;
+    let mut agents = Vec::new();
+    for agent in job.scan() {
+        match agent {
+            Ok(hello) => agents.push(hello.process),
+            Err(silent) => bail!("{}: {}", job.name(silent.process), silent.why),
+        }
+    }
+    let mut found = Vec::new();
+    for (process, answer) in job.ask(&agents, &Request::Status) {
+        let said = match answer {
+            Ok(Reply::Status { status }) => {
+                let node = job.node_name(process.node).map(str::to_owned);
+                found.push(Found { node, status });
+                continue;
+            }
+            Ok(Reply::Refused { reason, .. }) => reason,
+            Ok(other) => format!("it answers Status with {other:?}"),
+            Err(AgentFailure::Broken(why)) => why,
+            Err(AgentFailure::Ended) => continue,
+        };
+        bail!("{}: {said}", job.name(process));
+    }
+    if found.is_empty() {
+        bail!("no process of job {pid} runs under reverbs");
+    }
+    Ok(found)
+}
+
+fn of_this_host() -> Result<Vec<Found>> {
+    let runtime_dir = runtime_dir()?;
+    let mut found = Vec::new();
+    for pid in listening(&runtime_dir)? {
         match ask_once(&runtime_dir, pid, &Request::Status)? {
-            Some(Reply::Status { status }) => found.push(status),
+            Some(Reply::Status { status }) => found.push(Found { node: None, status }),
             Some(Reply::Refused { reason, .. }) => bail!("process {pid}: {reason}"),
             Some(other) => bail!("process {pid} answers Status with {other:?}"),
             None => {}
         }
     }
-    if let (Some(pid), true) = (options.pid, found.is_empty()) {
-        bail!("no process of job {pid} runs under reverbs");
-    }
-    if options.json {
-        println!("{}", serde_json::to_string_pretty(&found)?);
-    } else {
-        for process in &found {
-            print!("{}", describe(process));
-        }
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(found)
 }
 
 /// The process for people: what the application sees beside what the hardware calls it now.

@@ -54,13 +54,20 @@ pub fn agent_socket(runtime_dir: &Path, pid: i32) -> PathBuf {
 /// # Errors
 /// Those of the stream.
 pub fn send<T: Serialize>(stream: &mut impl Write, message: &T) -> io::Result<()> {
-    let body = serde_json::to_vec(message)?;
+    send_frame(stream, &serde_json::to_vec(message)?)
+}
+
+/// Writes the bytes of one message.
+///
+/// # Errors
+/// Those of the stream.
+pub fn send_frame(stream: &mut impl Write, body: &[u8]) -> io::Result<()> {
     let length = u32::try_from(body.len())
         .ok()
         .filter(|length| *length <= LARGEST_FRAME)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "message too large"))?;
     stream.write_all(&length.to_le_bytes())?;
-    stream.write_all(&body)?;
+    stream.write_all(body)?;
     stream.flush()
 }
 
@@ -97,12 +104,24 @@ impl Incoming {
         &mut self,
         stream: &mut impl Read,
     ) -> io::Result<Option<T>> {
+        match self.frame(stream)? {
+            Some(body) => Ok(Some(serde_json::from_slice(&body)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// As [`Incoming::receive`], but gives the bytes of the message.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn frame(&mut self, stream: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
         loop {
             let have = self.bytes.len();
             let missing = self.frame_length()? - have;
             if missing == 0 {
-                let frame = std::mem::take(&mut self.bytes);
-                return Ok(Some(serde_json::from_slice(&frame[Self::LENGTH..])?));
+                let mut frame = std::mem::take(&mut self.bytes);
+                frame.drain(..Self::LENGTH);
+                return Ok(Some(frame));
             }
             // Memory is taken as bytes arrive, whatever length was announced. Before an error, too, what has arrived is kept.
             let read = stream

@@ -1,6 +1,6 @@
 //! The manifest of an image.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use crate::control::message::ProcessStatus;
 
 pub(crate) const FORMAT: &str = "reverbs-image";
 /// Raised by every change that an older command would misread.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// What has to be understood before anything else in the manifest can be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +46,8 @@ pub struct Manifest {
     pub outside_pipes: Vec<OutsidePipe>,
     pub carried: Vec<Carried>,
     pub written_files: Vec<WrittenFile>,
+    /// TCP connections that lead to another host.
+    pub connections: Vec<TcpConnection>,
     pub phases: Vec<PhaseTime>,
     /// Every other file of the image.
     pub contents: Vec<ImageFile>,
@@ -99,6 +101,13 @@ pub struct BoundAddress {
     pub address: IpAddr,
     /// A connection uses it, not only a socket that listens.
     pub connected: bool,
+}
+
+/// Both ends of a TCP connection, as the process has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TcpConnection {
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
 }
 
 /// One thing that the image carries.
@@ -155,6 +164,12 @@ impl Manifest {
         self.contents
             .iter()
             .fold(0, |sum, file| sum.saturating_add(file.size))
+    }
+
+    /// Processes that use RDMA.
+    pub fn processes_with_agents(&self) -> usize {
+        let with = self.processes.iter().filter(|one| one.rdma.is_some());
+        with.count()
     }
 
     /// Every id that a restart needs free: of processes and of threads.

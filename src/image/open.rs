@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
 
 use super::checksum::{self, Durability};
 use super::manifest::{CarriedKind, FORMAT, Header, Manifest, VERSION};
@@ -93,41 +94,8 @@ impl Image {
 }
 
 fn read_manifest(folder: &Path) -> Result<Manifest> {
-    let found = std::fs::symlink_metadata(folder)?;
-    ensure!(found.is_dir(), "is no folder");
-    require_ours(&found)?;
-    ensure!(
-        found.mode() & 0o077 == 0,
-        "can be entered by others (mode {:o}) and may have been changed: if you trust it, `chmod 700` it",
-        found.mode() & 0o777
-    );
-    let path = folder.join(MANIFEST);
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            bail!("has no {MANIFEST}: it is no image of reverbs, or was never finished")
-        }
-        Err(error) => return Err(error).context(MANIFEST),
-    };
-    // The version first: an image of another one is not damaged.
-    if let Ok(header) = serde_json::from_slice::<Header>(&text) {
-        ensure!(
-            header.format == FORMAT,
-            "{MANIFEST} is not that of a reverbs image"
-        );
-        ensure!(
-            header.version == VERSION,
-            "has format version {}, this command reads version {VERSION}: use the reverbs that wrote it",
-            header.version
-        );
-    }
-    let sum = std::fs::read_to_string(folder.join(MANIFEST_SUM))
-        .with_context(|| format!("{MANIFEST_SUM}: the image is damaged, use another one"))?;
-    ensure!(
-        sum == format!("{:08x} {}\n", crc32fast::hash(&text), text.len()),
-        "{MANIFEST} was changed (checksum): the image is damaged, use another one"
-    );
-    let manifest: Manifest = serde_json::from_slice(&text).context(MANIFEST)?;
+    require_private_folder(folder)?;
+    let manifest: Manifest = read_guarded(folder, MANIFEST, MANIFEST_SUM, FORMAT)?;
     let us = rustix::process::geteuid().as_raw();
     ensure!(
         manifest.user == us,
@@ -149,6 +117,54 @@ fn read_manifest(folder: &Path) -> Result<Manifest> {
         );
     }
     Ok(manifest)
+}
+
+pub(super) fn require_private_folder(folder: &Path) -> Result<()> {
+    let found = std::fs::symlink_metadata(folder)?;
+    ensure!(found.is_dir(), "is no folder");
+    require_ours(&found)?;
+    ensure!(
+        found.mode() & 0o077 == 0,
+        "can be entered by others (mode {:o}) and may have been changed: if you trust it, `chmod 700` it",
+        found.mode() & 0o777
+    );
+    Ok(())
+}
+
+/// Reads a description that is guarded by a checksum beside it.
+pub(super) fn read_guarded<T: DeserializeOwned>(
+    folder: &Path,
+    name: &str,
+    sum_name: &str,
+    format: &str,
+) -> Result<T> {
+    let path = folder.join(name);
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            bail!("has no {name}: it is no image of reverbs, or was never finished")
+        }
+        Err(error) => return Err(error).context(name.to_owned()),
+    };
+    // The version first: an image of another one is not damaged.
+    if let Ok(header) = serde_json::from_slice::<Header>(&text) {
+        ensure!(
+            header.format == format,
+            "{name} is not that of a reverbs image"
+        );
+        ensure!(
+            header.version == VERSION,
+            "has format version {}, this command reads version {VERSION}: use the reverbs that wrote it",
+            header.version
+        );
+    }
+    let sum = std::fs::read_to_string(folder.join(sum_name))
+        .with_context(|| format!("{sum_name}: the image is damaged, use another one"))?;
+    ensure!(
+        sum == format!("{:08x} {}\n", crc32fast::hash(&text), text.len()),
+        "{name} was changed (checksum): the image is damaged, use another one"
+    );
+    serde_json::from_slice(&text).context(name.to_owned())
 }
 
 fn require_ours(found: &Metadata) -> Result<()> {
@@ -174,13 +190,14 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::Image;
-    use crate::image::{CriuFacts, Manifest, NewImage};
+    use crate::image::{CriuFacts, Manifest, NewImage, NewPart};
 
     fn publish(parent: &Path) -> PathBuf {
         let mut new = NewImage::create(parent, 42).unwrap();
+        let part = NewPart::create(new.folder()).unwrap();
         for (name, text) in [("pages-1.img", "pages"), ("core-42.img", "core")] {
-            std::fs::write(new.criu_folder().join(name), text).unwrap();
-            private(&new.criu_folder().join(name), 0o600);
+            std::fs::write(part.criu_folder().join(name), text).unwrap();
+            private(&part.criu_folder().join(name), 0o600);
         }
         let manifest = Manifest {
             format: Manifest::format(),
@@ -203,10 +220,13 @@ mod tests {
             outside_pipes: vec![],
             carried: vec![],
             written_files: vec![],
+            connections: vec![],
             phases: vec![],
             contents: vec![],
         };
-        new.publish(manifest).unwrap()
+        part.seal(manifest).unwrap();
+        new.publish().unwrap();
+        new.path().to_owned()
     }
 
     fn private(path: &Path, mode: u32) {
@@ -269,8 +289,8 @@ mod tests {
             ("manifest.json was changed", |image| {
                 edit(image, "\"here\"", "\"there\"")
             }),
-            ("format version 2", |image| {
-                edit(image, "\"version\": 1", "\"version\": 2")
+            ("format version 9", |image| {
+                edit(image, "\"version\": 2", "\"version\": 9")
             }),
         ];
         let parent = tempfile::tempdir().unwrap();

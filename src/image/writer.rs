@@ -5,8 +5,9 @@ use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+use serde::Serialize;
 
 use super::checksum::{self, Durability};
 use super::manifest::Manifest;
@@ -17,7 +18,7 @@ use super::{CRIU_FOLDER, FILES_FOLDER, MANIFEST, MANIFEST_SUM};
 pub struct NewImage {
     parent: PathBuf,
     hidden: PathBuf,
-    name: String,
+    path: PathBuf,
     published: bool,
 }
 
@@ -27,96 +28,63 @@ impl NewImage {
     /// # Errors
     /// `parent` cannot be made or written to.
     pub fn create(parent: &Path, root: i32) -> Result<Self> {
-        let make = |path: &Path| DirBuilder::new().mode(0o700).create(path);
         std::fs::create_dir_all(parent)
             .with_context(|| format!("cannot make the image folder {}", parent.display()))?;
         let parent = parent
             .canonicalize()
             .with_context(|| format!("cannot enter the image folder {}", parent.display()))?;
-        let name = format!("reverbs-{root}-{}", compact(now()));
         let host = rustix::system::uname()
             .nodename()
             .to_string_lossy()
             .into_owned();
         remove_abandoned(&parent, &format!(".reverbs-{root}-"), &format!("@{host}"));
+        let name = format!("reverbs-{root}-{}", compact(now()));
         let hidden = parent.join(format!(".{name}@{host}"));
-        make(&hidden)
+        make_private(&hidden)
             .with_context(|| format!("cannot write to the image folder {}", parent.display()))?;
-        let image = Self {
+        let mut image = Self {
+            path: PathBuf::new(),
             parent,
             hidden,
-            name,
             published: false,
         };
-        make(&image.criu_folder())?;
-        make(&image.files_folder())?;
+        let mut names = (1..1000).map(|number| image.parent.join(format!("{name}-{number}")));
+        image.path = names.find(|path| !path.exists()).with_context(|| {
+            format!(
+                "{} has too many images of this second",
+                image.parent.display()
+            )
+        })?;
         Ok(image)
     }
 
-    pub fn criu_folder(&self) -> PathBuf {
-        self.hidden.join(CRIU_FOLDER)
+    /// Where it is made.
+    pub fn folder(&self) -> &Path {
+        &self.hidden
     }
 
-    pub fn files_folder(&self) -> PathBuf {
-        self.hidden.join(FILES_FOLDER)
+    /// Where it will appear.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// Measures everything, brings it to disk, writes the manifest, and lets the image appear. Returns its path.
+    /// Lets the image appear: the one step that makes one of it. All that is in it is on disk already. An existing one is never
+    /// replaced.
     ///
     /// # Errors
-    /// Reading or writing fails; then no image appears.
-    pub fn publish(&mut self, mut manifest: Manifest) -> Result<PathBuf> {
-        let paths = checksum::list(&self.hidden)?;
-        manifest.contents = checksum::measure(&self.hidden, &paths, Durability::Sync)
-            .context("cannot bring the image to disk")?;
-        let text = serde_json::to_vec_pretty(&manifest)?;
-        self.write(MANIFEST, &text)?;
-        let sum = format!("{:08x} {}\n", crc32fast::hash(&text), text.len());
-        self.write(MANIFEST_SUM, sum.as_bytes())?;
-        for folder in [&self.criu_folder(), &self.files_folder(), &self.hidden] {
-            sync_folder(folder)?;
-        }
-        let path = self.rename()?;
-        sync_folder(&self.parent)?;
-        Ok(path)
-    }
-
-    fn write(&self, name: &str, text: &[u8]) -> Result<()> {
-        let path = self.hidden.join(name);
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create_new(&path)?;
-            file.write_all(text)?;
-            file.sync_all()
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))
-    }
-
-    /// The one step that makes an image of it; an existing one is never replaced.
-    fn rename(&mut self) -> Result<PathBuf> {
-        for number in 1..1000 {
-            let path = self.parent.join(format!("{}-{number}", self.name));
-            match renameat_with(CWD, &self.hidden, CWD, &path, RenameFlags::NOREPLACE) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => continue,
+    /// No image appears.
+    pub fn publish(&mut self) -> Result<()> {
+        let renamed =
+            match renameat_with(CWD, &self.hidden, CWD, &self.path, RenameFlags::NOREPLACE) {
                 // File systems without that flag (9p, NFS): one orchestrator a job and a name with its root make it safe.
-                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                    if path.exists() {
-                        continue;
-                    }
-                    std::fs::rename(&self.hidden, &path)
-                        .with_context(|| format!("cannot make {}", path.display()))?;
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if !self.path.exists() => {
+                    std::fs::rename(&self.hidden, &self.path)
                 }
-                Err(error) => {
-                    return Err(error).with_context(|| format!("cannot make {}", path.display()));
-                }
-            }
-            self.published = true;
-            return Ok(path);
-        }
-        bail!(
-            "{} has too many images of this second",
-            self.parent.display()
-        )
+                other => other.map_err(std::io::Error::from),
+            };
+        renamed.with_context(|| format!("cannot make {}", self.path.display()))?;
+        self.published = true;
+        sync_folder(&self.parent)
     }
 }
 
@@ -127,6 +95,81 @@ impl Drop for NewImage {
             let _ = std::fs::remove_dir_all(&self.hidden);
         }
     }
+}
+
+/// What one node puts into an image: its processes, and a manifest that describes them.
+#[derive(Debug)]
+pub struct NewPart {
+    folder: PathBuf,
+}
+
+impl NewPart {
+    /// In `folder`, which is made if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made or written to.
+    pub fn create(folder: &Path) -> Result<Self> {
+        let part = Self {
+            folder: folder.to_owned(),
+        };
+        let make = || -> std::io::Result<()> {
+            if !folder.is_dir() {
+                make_private(folder)?;
+            }
+            make_private(&part.criu_folder())?;
+            make_private(&part.files_folder())
+        };
+        make().with_context(|| format!("cannot write to {}", folder.display()))?;
+        Ok(part)
+    }
+
+    pub fn criu_folder(&self) -> PathBuf {
+        self.folder.join(CRIU_FOLDER)
+    }
+
+    pub fn files_folder(&self) -> PathBuf {
+        self.folder.join(FILES_FOLDER)
+    }
+
+    /// Measures everything, brings it to disk, and writes the manifest. Returns the bytes described by it.
+    ///
+    /// # Errors
+    /// Reading or writing fails.
+    pub fn seal(&self, mut manifest: Manifest) -> Result<u64> {
+        let paths = checksum::list(&self.folder)?;
+        manifest.contents = checksum::measure(&self.folder, &paths, Durability::Sync)
+            .context("cannot bring the image to disk")?;
+        write_guarded(&self.folder, MANIFEST, MANIFEST_SUM, &manifest)?;
+        for folder in [&self.criu_folder(), &self.files_folder(), &self.folder] {
+            sync_folder(folder)?;
+        }
+        Ok(manifest.bytes())
+    }
+}
+
+/// Writes a description beside its checksum, and brings both to disk.
+pub(super) fn write_guarded<T: Serialize>(
+    folder: &Path,
+    name: &str,
+    sum_name: &str,
+    description: &T,
+) -> Result<()> {
+    let text = serde_json::to_vec_pretty(description)?;
+    let sum = format!("{:08x} {}\n", crc32fast::hash(&text), text.len());
+    for (name, text) in [(name, text.as_slice()), (sum_name, sum.as_bytes())] {
+        let path = folder.join(name);
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create_new(&path)?;
+            file.write_all(text)?;
+            file.sync_all()
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn make_private(path: &Path) -> std::io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
 }
 
 /// What a checkpoint of this job has left that was killed half-way. Nobody works on it: the caller holds the job's lock.
@@ -145,7 +188,7 @@ fn remove_abandoned(parent: &Path, beginning: &str, end: &str) {
     }
 }
 
-fn sync_folder(path: &Path) -> Result<()> {
+pub(super) fn sync_folder(path: &Path) -> Result<()> {
     File::open(path)
         .and_then(|folder| folder.sync_all())
         .or_else(|error| {

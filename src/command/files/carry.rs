@@ -15,7 +15,6 @@ use reverbs::image::{Carried, CarriedKind};
 use super::held::folders_above;
 use super::written::create_beside;
 use super::{FilePolicy, Held, Volatility};
-use crate::command::progress::Progress;
 
 const CHUNK: usize = 64 << 10;
 
@@ -79,11 +78,11 @@ pub(crate) fn put_back(
     folder: &Path,
     policy: FilePolicy,
     image: &str,
-    progress: &Progress,
+    notes: &mut Vec<String>,
 ) -> Result<usize> {
     let mut restored = 0;
     for item in carried {
-        let put = put_back_one(item, folder, policy, image, progress)
+        let put = put_back_one(item, folder, policy, image, notes)
             .with_context(|| format!("cannot put {} back", item.path.display()))?;
         restored += usize::from(put);
     }
@@ -107,7 +106,7 @@ fn put_back_one(
     folder: &Path,
     policy: FilePolicy,
     image: &str,
-    progress: &Progress,
+    notes: &mut Vec<String>,
 ) -> Result<bool> {
     let found = match std::fs::symlink_metadata(&item.path) {
         Ok(found) => Some(found),
@@ -133,7 +132,7 @@ fn put_back_one(
                 if found.is_file() && found.len() == *size && same(&source, &item.path)? {
                     return Ok(false);
                 }
-                if !make_way(item, &found, policy, image, progress)? {
+                if !make_way(item, &found, policy, image, notes)? {
                     return Ok(false);
                 }
             }
@@ -151,7 +150,7 @@ fn make_way(
     found: &Metadata,
     policy: FilePolicy,
     image: &str,
-    progress: &Progress,
+    notes: &mut Vec<String>,
 ) -> Result<bool> {
     let path = item.path.display();
     match policy {
@@ -159,7 +158,7 @@ fn make_way(
             "it is there and is not as it was at the checkpoint: `--files cut` replaces it and keeps a copy"
         ),
         FilePolicy::Keep => {
-            progress.note(&format!(
+            notes.push(format!(
                 "{path} is not as it was at the checkpoint; left as it is"
             ));
             Ok(false)
@@ -172,7 +171,7 @@ fn make_way(
         FilePolicy::Cut => {
             let (aside, _) = create_beside(&item.path, &format!("reverbs-kept-{image}"))?;
             std::fs::rename(&item.path, &aside)?;
-            progress.note(&format!(
+            notes.push(format!(
                 "{path} was not as it was at the checkpoint: it is put back, what was there is in {}",
                 aside.display()
             ));
@@ -252,7 +251,6 @@ fn copy_sparse(from: &Path, to: &Path) -> Result<u64> {
 mod tests {
     use super::{CarriedKind, carry, put_back};
     use crate::command::files::{FilePolicy, Volatility, survey};
-    use crate::command::progress::Progress;
     use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 
     #[test]
@@ -295,8 +293,8 @@ mod tests {
         assert!(matches!(ours[0].kind, CarriedKind::Folder));
 
         std::fs::remove_dir_all(job.path()).unwrap();
-        let progress = Progress::new(true);
-        let put = |policy| put_back(&ours, image.path(), policy, "i", &progress);
+        let mut notes = Vec::new();
+        let mut put = |policy| put_back(&ours, image.path(), policy, "i", &mut notes);
         assert_eq!(put(FilePolicy::Refuse).unwrap(), 4);
         assert_eq!(std::fs::read(&file).unwrap(), contents);
         let mode = std::fs::metadata(&file).unwrap().permissions().mode();

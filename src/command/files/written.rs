@@ -10,7 +10,6 @@ use anyhow::{Context, Result, bail};
 use reverbs::image::WrittenFile;
 
 use super::{FilePolicy, Held, Volatility};
-use crate::command::progress::Progress;
 
 /// The lengths of all files that are open for writing and are not carried.
 pub(crate) fn record(held: &Held, volatility: &mut Volatility) -> Vec<WrittenFile> {
@@ -33,7 +32,7 @@ pub(crate) fn cut_back(
     files: &[WrittenFile],
     policy: FilePolicy,
     image: &str,
-    progress: &Progress,
+    notes: &mut Vec<String>,
 ) -> Result<()> {
     // All are looked at before one is touched.
     let mut grown = Vec::new();
@@ -42,7 +41,7 @@ pub(crate) fn cut_back(
         let length = match std::fs::metadata(&file.path) {
             Ok(found) => found.len(),
             Err(error) if policy == FilePolicy::Keep => {
-                progress.note(&format!("{path}: {error}; left to CRIU"));
+                notes.push(format!("{path}: {error}; left to CRIU"));
                 continue;
             }
             Err(error) => {
@@ -52,7 +51,7 @@ pub(crate) fn cut_back(
         match length.cmp(&file.length) {
             std::cmp::Ordering::Equal => {}
             std::cmp::Ordering::Greater if policy == FilePolicy::Cut => grown.push((file, length)),
-            _ if policy == FilePolicy::Keep => progress.note(&format!(
+            _ if policy == FilePolicy::Keep => notes.push(format!(
                 "{path} has {length} bytes and had {} at the checkpoint; left as it is",
                 file.length
             )),
@@ -68,7 +67,7 @@ pub(crate) fn cut_back(
     }
     for (file, length) in grown {
         let tail = cut(file, image)?;
-        progress.note(&format!(
+        notes.push(format!(
             "{} cut back from {length} to {} bytes, the rest is in {}",
             file.path.display(),
             file.length,
@@ -128,7 +127,6 @@ pub(super) fn create_beside(path: &std::path::Path, suffix: &str) -> Result<(Pat
 mod tests {
     use super::{WrittenFile, cut_back};
     use crate::command::files::FilePolicy;
-    use crate::command::progress::Progress;
 
     #[test]
     fn what_has_grown_is_cut_and_kept_or_refused() {
@@ -138,20 +136,20 @@ mod tests {
             path: path.clone(),
             length: 4,
         }];
-        let progress = Progress::new(true);
+        let mut notes = Vec::new();
         std::fs::write(&path, "headtail").unwrap();
-        let refused = cut_back(&files, FilePolicy::Refuse, "i", &progress).unwrap_err();
+        let refused = cut_back(&files, FilePolicy::Refuse, "i", &mut notes).unwrap_err();
         assert!(refused.to_string().contains("from 4 to 8"), "{refused}");
-        cut_back(&files, FilePolicy::Keep, "i", &progress).unwrap();
+        cut_back(&files, FilePolicy::Keep, "i", &mut notes).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"headtail");
         for kept in ["log.reverbs-tail-i", "log.reverbs-tail-i.2"] {
             std::fs::write(&path, "headtail").unwrap();
-            cut_back(&files, FilePolicy::Cut, "i", &progress).unwrap();
+            cut_back(&files, FilePolicy::Cut, "i", &mut notes).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), b"head");
             assert_eq!(std::fs::read(dir.path().join(kept)).unwrap(), b"tail");
         }
         std::fs::write(&path, "he").unwrap();
-        assert!(cut_back(&files, FilePolicy::Cut, "i", &progress).is_err());
+        assert!(cut_back(&files, FilePolicy::Cut, "i", &mut notes).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"he");
     }
 }

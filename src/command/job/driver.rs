@@ -13,11 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 
-use reverbs::control::message::{
-    DeviceChoice, Phase, ProcessNumbers, ProcessStatus, Reply, Request, Session,
-};
+use reverbs::control::message::{DeviceChoice, Phase, ProcessNumbers, Reply, Request, Session};
 
 use super::agents::{AgentFailure, Agents};
+use super::place::ProcessId;
 use crate::command::interrupt::Interrupt;
 use crate::command::progress::{Progress, count};
 
@@ -37,22 +36,20 @@ pub(crate) struct Driver<'a, A> {
     devices: Vec<DeviceChoice>,
     /// Replace the session of an orchestrator that has died.
     takeover: bool,
-    /// An agent that refuses is left where it is, and the others go on.
+    /// What fails is noted, and everybody else is asked all the same.
     tolerant: bool,
     /// Queue pairs that lead out of the job may end in error.
     allow_outside: bool,
     /// Nobody joins any more.
     circle_closed: bool,
-    phases: BTreeMap<i32, Phase>,
+    phases: BTreeMap<ProcessId, Phase>,
     /// Those whose session is ours.
-    claimed: BTreeSet<i32>,
+    claimed: BTreeSet<ProcessId>,
     /// Those whose session was that of another orchestrator when we found them.
-    inherited: BTreeSet<i32>,
-    ended: BTreeSet<i32>,
-    /// Those that refuse, and why.
-    stuck: BTreeMap<i32, String>,
-    /// Those that are there and do not answer, and why.
-    silent: BTreeMap<i32, String>,
+    inherited: BTreeSet<ProcessId>,
+    ended: BTreeSet<ProcessId>,
+    /// Those that are there but do not answer, or refuse although all is to go on, and why.
+    hindered: BTreeMap<ProcessId, String>,
     /// Somebody may have been asked for what has no way back.
     moved: bool,
 }
@@ -80,8 +77,7 @@ impl<'a, A: Agents> Driver<'a, A> {
             claimed: BTreeSet::new(),
             inherited: BTreeSet::new(),
             ended: BTreeSet::new(),
-            stuck: BTreeMap::new(),
-            silent: BTreeMap::new(),
+            hindered: BTreeMap::new(),
             moved: false,
         }
     }
@@ -97,8 +93,9 @@ impl<'a, A: Agents> Driver<'a, A> {
     /// A process does not answer, is driven by another orchestrator, or was left half-way by one that died.
     pub(crate) fn attach(&mut self) -> Result<usize> {
         self.look_around()?;
-        if let Some((pid, phase)) = self.phases.iter().find(|(_, at)| **at != Phase::Running) {
-            bail!("process {pid} was left in phase {phase:?}: run `reverbs resume` first");
+        if let Some((process, phase)) = self.phases.iter().find(|(_, at)| **at != Phase::Running) {
+            let name = self.agents.name(*process);
+            bail!("{name} was left in phase {phase:?}: run `reverbs resume` first");
         }
         Ok(self.phases.len())
     }
@@ -114,33 +111,18 @@ impl<'a, A: Agents> Driver<'a, A> {
         Ok(self.phases.len())
     }
 
-    /// What every agent has to say, as it stands now.
-    ///
-    /// # Errors
-    /// One does not answer.
-    pub(crate) fn statuses(&mut self) -> Result<Vec<ProcessStatus>> {
-        let all = self.phases.keys().copied().collect::<Vec<_>>();
-        let replies = self.put_claimed(&all, &Request::Status)?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|(_, reply)| match reply {
-                Reply::Status { status } => Some(status),
-                _ => None,
-            })
-            .collect())
-    }
-
     pub(crate) fn agents(&mut self) -> &mut A {
         self.agents
     }
 
-    pub(crate) fn progress(&mut self) -> &mut Progress {
-        self.progress
+    /// Both at once.
+    pub(crate) fn parts(&mut self) -> (&mut A, &mut Progress) {
+        (self.agents, self.progress)
     }
 
     /// Processes that had an agent and ended on the way.
     #[cfg(test)]
-    pub(super) fn ended(&self) -> Vec<i32> {
+    pub(super) fn ended(&self) -> Vec<ProcessId> {
         self.ended.iter().copied().collect()
     }
 
@@ -230,40 +212,40 @@ impl<'a, A: Agents> Driver<'a, A> {
             let hello = match found_now {
                 Ok(hello) => hello,
                 Err(silent) if self.tolerant => {
-                    self.silent.insert(silent.pid, silent.why);
+                    self.hindered.insert(silent.process, silent.why);
                     continue;
                 }
-                Err(silent) => bail!("process {}: {}", silent.pid, silent.why),
+                Err(silent) => bail!("{}: {}", self.agents.name(silent.process), silent.why),
             };
-            let joins = !self.circle_closed || self.phases.contains_key(&hello.pid);
-            if self.stuck.contains_key(&hello.pid) || !joins {
+            let joins = !self.circle_closed || self.phases.contains_key(&hello.process);
+            if self.hindered.contains_key(&hello.process) || !joins {
                 continue;
             }
             if let Some(owner) = &hello.session
                 && owner.id == self.session.id
             {
-                self.claimed.insert(hello.pid);
+                self.claimed.insert(hello.process);
             } else if let Some(owner) = &hello.session {
                 if self.agents.is_alive(owner) {
                     bail!(
-                        "process {} is being driven by another reverbs, process {}: wait until it is done",
-                        hello.pid,
+                        "{} is being driven by another reverbs, process {}: wait until it is done",
+                        self.agents.name(hello.process),
                         owner.pid
                     );
                 }
                 if !self.takeover {
                     bail!(
-                        "process {} was left in phase {:?} by a reverbs that died: run `reverbs resume` first",
-                        hello.pid,
+                        "{} was left in phase {:?} by a reverbs that died: run `reverbs resume` first",
+                        self.agents.name(hello.process),
                         hello.phase
                     );
                 }
-                self.inherited.insert(hello.pid);
+                self.inherited.insert(hello.process);
             } else {
                 // Resumed already, although the answer to that was lost.
-                self.claimed.remove(&hello.pid);
+                self.claimed.remove(&hello.process);
             }
-            if self.phases.insert(hello.pid, hello.phase).is_none() {
+            if self.phases.insert(hello.process, hello.phase).is_none() {
                 found += 1;
             }
         }
@@ -287,17 +269,18 @@ impl<'a, A: Agents> Driver<'a, A> {
     }
 
     /// Those that were claimed and never closed: nothing but the claim has to go.
-    fn claimed_only(&self) -> Vec<i32> {
+    fn claimed_only(&self) -> Vec<ProcessId> {
         let mut running = self.in_phases(&[Phase::Running]);
-        running.retain(|pid| self.claimed.contains(pid) || self.inherited.contains(pid));
+        running
+            .retain(|process| self.claimed.contains(process) || self.inherited.contains(process));
         running
     }
 
-    fn in_phases(&self, phases: &[Phase]) -> Vec<i32> {
+    fn in_phases(&self, phases: &[Phase]) -> Vec<ProcessId> {
         self.phases
             .iter()
             .filter(|(_, phase)| phases.contains(phase))
-            .map(|(pid, _)| *pid)
+            .map(|(process, _)| *process)
             .collect()
     }
 
@@ -306,12 +289,13 @@ impl<'a, A: Agents> Driver<'a, A> {
         let targets = self.in_phases(&[Phase::Running]);
         if !self.tolerant {
             let mut obstacles = Vec::new();
-            for (pid, reply) in self.put(&targets, &Request::Examine)? {
+            for (process, reply) in self.put(&targets, &Request::Examine)? {
                 if let Reply::Obstacles { obstacles: found } = reply {
+                    let name = self.agents.name(process);
                     obstacles.extend(
                         found
                             .into_iter()
-                            .map(|found| format!("process {pid}: {}", found.what)),
+                            .map(|found| format!("{name}: {}", found.what)),
                     );
                 }
             }
@@ -380,10 +364,10 @@ impl<'a, A: Agents> Driver<'a, A> {
     }
 
     /// Asks all of `targets` at once, those that are not ours yet after claiming them. Returns what the willing answered.
-    fn put(&mut self, targets: &[i32], request: &Request) -> Result<Vec<(i32, Reply)>> {
+    fn put(&mut self, targets: &[ProcessId], request: &Request) -> Result<Vec<(ProcessId, Reply)>> {
         let unclaimed: Vec<_> = targets
             .iter()
-            .filter(|pid| !self.claimed.contains(pid))
+            .filter(|process| !self.claimed.contains(process))
             .copied()
             .collect();
         if !unclaimed.is_empty() {
@@ -391,25 +375,29 @@ impl<'a, A: Agents> Driver<'a, A> {
                 session: self.session.clone(),
                 takeover: self.takeover,
             };
-            for (pid, _) in self.put_claimed(&unclaimed, &begin)? {
-                self.claimed.insert(pid);
+            for (process, _) in self.put_claimed(&unclaimed, &begin)? {
+                self.claimed.insert(process);
             }
         }
         let willing: Vec<_> = targets
             .iter()
-            .filter(|pid| self.claimed.contains(pid))
+            .filter(|process| self.claimed.contains(process))
             .copied()
             .collect();
         self.put_claimed(&willing, request)
     }
 
-    fn put_claimed(&mut self, targets: &[i32], request: &Request) -> Result<Vec<(i32, Reply)>> {
+    fn put_claimed(
+        &mut self,
+        targets: &[ProcessId],
+        request: &Request,
+    ) -> Result<Vec<(ProcessId, Reply)>> {
         let mut answered = Vec::new();
         let mut failure = None;
-        for (pid, answer) in self.agents.ask(targets, request) {
+        for (process, answer) in self.agents.ask(targets, request) {
             let why = match answer {
                 Ok(Reply::Refused { phase, reason }) => {
-                    self.phases.insert(pid, phase);
+                    self.phases.insert(process, phase);
                     if phase == Phase::Running && *request == Request::Resume {
                         continue;
                     }
@@ -417,34 +405,35 @@ impl<'a, A: Agents> Driver<'a, A> {
                 }
                 Ok(reply) => {
                     if let Reply::Done { phase } = reply {
-                        self.phases.insert(pid, phase);
+                        self.phases.insert(process, phase);
                         if *request == Request::Resume {
-                            self.claimed.remove(&pid);
-                            self.inherited.remove(&pid);
+                            self.claimed.remove(&process);
+                            self.inherited.remove(&process);
                         }
                     }
-                    answered.push((pid, reply));
+                    answered.push((process, reply));
                     continue;
                 }
                 Err(AgentFailure::Ended) => {
-                    self.phases.remove(&pid);
-                    self.claimed.remove(&pid);
-                    self.ended.insert(pid);
+                    self.phases.remove(&process);
+                    self.claimed.remove(&process);
+                    self.ended.insert(process);
+                    let name = self.agents.name(process);
                     self.progress
-                        .note(&format!("process {pid} ended; going on without it"));
+                        .note(&format!("{name} ended; going on without it"));
                     continue;
                 }
                 Err(AgentFailure::Broken(why)) => {
-                    failure.get_or_insert(anyhow!("process {pid}: {why}"));
-                    self.phases.remove(&pid);
-                    self.silent.insert(pid, why);
+                    failure.get_or_insert_with(|| anyhow!("{}: {why}", self.agents.name(process)));
+                    self.phases.remove(&process);
+                    self.hindered.insert(process, why);
                     continue;
                 }
             };
+            failure.get_or_insert_with(|| anyhow!("{}: {why}", self.agents.name(process)));
             if self.tolerant {
-                self.give_up(pid, why);
-            } else {
-                failure.get_or_insert(anyhow!("process {pid}: {why}"));
+                self.phases.remove(&process);
+                self.hindered.insert(process, why);
             }
         }
         if self.phases.is_empty() && !self.ended.is_empty() {
@@ -455,20 +444,13 @@ impl<'a, A: Agents> Driver<'a, A> {
         failure.map_or(Ok(answered), Err)
     }
 
-    /// The others go on without this one.
-    fn give_up(&mut self, pid: i32, why: String) {
-        self.phases.remove(&pid);
-        self.claimed.remove(&pid);
-        self.stuck.insert(pid, why);
+    fn described(&self, processes: &BTreeMap<ProcessId, String>) -> String {
+        let each: Vec<_> = processes
+            .iter()
+            .map(|(process, why)| format!("{}: {why}", self.agents.name(*process)))
+            .collect();
+        each.join("; ")
     }
-}
-
-fn described(processes: &BTreeMap<i32, String>) -> String {
-    let each: Vec<_> = processes
-        .iter()
-        .map(|(pid, why)| format!("process {pid}: {why}"))
-        .collect();
-    each.join("; ")
 }
 
 fn milliseconds(duration: Duration) -> u64 {

@@ -3,7 +3,7 @@
 use reverbs::control::message::{Phase, Session};
 
 use super::driver::Driver;
-use super::fake::{FakeAgent, FakeJob, Mishap};
+use super::fake::{FakeAgent, FakeJob, Mishap, process};
 use crate::command::interrupt::Interrupt;
 use crate::command::progress::Progress;
 
@@ -105,7 +105,7 @@ fn draining_goes_on_while_there_is_progress_and_stops_when_there_is_none() {
         (1, 0, 9, 11),
     ] {
         let mut job = FakeJob::of(&[Phase::Running]);
-        let agent = job.agents.get_mut(&100).unwrap();
+        let agent = job.agents.get_mut(&process(100)).unwrap();
         (agent.outstanding, agent.per_round) = (outstanding, per_round);
         agent.arriving = arriving;
         drive(&mut job, cycle).unwrap();
@@ -123,7 +123,7 @@ fn a_failure_in_any_step_fails_the_cycle_and_leaves_everybody_running() {
         for mishap in [Mishap::Refuses, Mishap::Hangs, Mishap::AnswerLost] {
             let case = format!("{mishap:?} at {step}");
             let mut job = FakeJob::of(&[Phase::Running; 3]);
-            job.agents.get_mut(&101).unwrap().mishap = Some((step, mishap));
+            job.agents.get_mut(&process(101)).unwrap().mishap = Some((step, mishap));
             drive(&mut job, |driver| {
                 let error = cycle(driver).expect_err(&case);
                 let told = driver.recover(error, "back").to_string();
@@ -145,10 +145,10 @@ fn a_failure_in_any_step_fails_the_cycle_and_leaves_everybody_running() {
 fn the_others_go_on_without_a_process_that_dies() {
     for step in STEPS {
         let mut job = FakeJob::of(&[Phase::Running; 3]);
-        job.agents.get_mut(&101).unwrap().mishap = Some((step, Mishap::Dies));
+        job.agents.get_mut(&process(101)).unwrap().mishap = Some((step, Mishap::Dies));
         drive(&mut job, |driver| {
             cycle(driver).unwrap_or_else(|error| panic!("{step}: {error:#}"));
-            assert_eq!(driver.ended(), [101], "{step}");
+            assert_eq!(driver.ended(), [process(101)], "{step}");
         });
         assert_eq!(job.agents.len(), 2);
         assert_all_running(&job, step);
@@ -172,11 +172,10 @@ fn a_job_that_ends_altogether_is_said_to_have_ended() {
 }
 
 #[test]
-fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
+fn nobody_goes_on_without_one_that_always_refuses() {
     for step in ["close", "stop", "settle", "release", "rebuild", "connect"] {
         let mut job = FakeJob::of(&[Phase::Running; 3]);
-        job.strict_barriers = false;
-        let agent = job.agents.get_mut(&101).unwrap();
+        let agent = job.agents.get_mut(&process(101)).unwrap();
         agent.mishap = Some((step, Mishap::Refuses));
         agent.stubborn = true;
         let error = drive(&mut job, |driver| {
@@ -188,8 +187,24 @@ fn one_that_always_refuses_is_named_and_the_others_are_brought_back() {
         let all_back = step == "close";
         assert_eq!(error.starts_with("back"), all_back, "{step}: {error}");
         for pid in [100, 102] {
-            assert_eq!(job.agents[&pid].phase, Phase::Running, "{step}: {pid}");
+            let runs = job.agents[&process(pid)].phase == Phase::Running;
+            assert_eq!(runs, all_back, "{step}: {pid}");
         }
+        job.agents.get_mut(&process(101)).unwrap().mishap = None;
+        drive(&mut job, |driver| {
+            driver.attach_abandoned().unwrap();
+            driver.bring_back()
+        })
+        .unwrap_or_else(|error| panic!("{step}: {error:#}"));
+        assert_all_running(&job, step);
+        assert_eq!(
+            job.broken_rules
+                .iter()
+                .filter(|rule| rule.contains("while"))
+                .count(),
+            0,
+            "{step}"
+        );
     }
 }
 
@@ -198,7 +213,7 @@ fn nobody_goes_on_without_one_that_is_stopped() {
     for step in &STEPS[..13] {
         for comes_back in [true, false] {
             let mut job = FakeJob::of(&[Phase::Running; 3]);
-            job.agents.get_mut(&101).unwrap().mishap = Some((step, Mishap::Stops));
+            job.agents.get_mut(&process(101)).unwrap().mishap = Some((step, Mishap::Stops));
             drive(&mut job, |driver| {
                 let error = cycle(driver).unwrap_err();
                 assert!(
@@ -212,15 +227,15 @@ fn nobody_goes_on_without_one_that_is_stopped() {
             });
             let moved = !BEFORE_ANYTHING_IS_MOVED.contains(step);
             for pid in [100, 102] {
-                let agent = &job.agents[&pid];
+                let agent = &job.agents[&process(pid)];
                 // Those that were connected may run: nothing that they send is lost to it.
                 let waits = moved && *step != "resume";
                 assert_eq!(agent.phase != Phase::Running, waits, "{step}: {agent:?}");
             }
             if comes_back {
-                job.agents.get_mut(&101).unwrap().stopped = false;
+                job.agents.get_mut(&process(101)).unwrap().stopped = false;
             } else {
-                job.agents.remove(&101);
+                job.agents.remove(&process(101));
             }
             drive(&mut job, |driver| {
                 driver.attach_abandoned().unwrap();
@@ -238,10 +253,10 @@ fn a_process_that_opens_a_device_meanwhile_catches_up() {
     for step in ["close", "stop", "settle", "release", "rebuild", "publish"] {
         let mut job = FakeJob::of(&[Phase::Running; 2]);
         job.strict_barriers = false;
-        job.appear_after = Some((step, 200, FakeAgent::at(Phase::Running)));
+        job.appear_after = Some((step, process(200), FakeAgent::at(Phase::Running)));
         drive(&mut job, cycle).unwrap();
         assert_all_running(&job, step);
-        assert_eq!(job.agents[&200].rebuilds, 1, "{step}");
+        assert_eq!(job.agents[&process(200)].rebuilds, 1, "{step}");
         assert_eq!(job.published, [100, 101, 200], "{step}");
         assert_eq!(job.broken_rules, [""; 0], "{step}");
     }
@@ -281,7 +296,7 @@ fn whatever_a_dead_orchestrator_left_is_brought_back() {
 #[test]
 fn a_job_with_a_living_orchestrator_is_left_alone() {
     let mut job = FakeJob::of(&[Phase::Closed, Phase::Running]);
-    job.agents.get_mut(&100).unwrap().session = Some(session(99));
+    job.agents.get_mut(&process(100)).unwrap().session = Some(session(99));
     job.alive = vec![99];
     for act in [cycle, |driver: &mut Driver<'_, FakeJob>| {
         driver.bring_back()
@@ -295,7 +310,7 @@ fn a_job_with_a_living_orchestrator_is_left_alone() {
 #[test]
 fn a_job_left_half_way_is_refused_with_the_remedy() {
     let mut job = FakeJob::of(&[Phase::Running, Phase::Stopped]);
-    job.agents.get_mut(&101).unwrap().session = Some(session(99));
+    job.agents.get_mut(&process(101)).unwrap().session = Some(session(99));
     let error = drive(&mut job, cycle).unwrap_err().to_string();
     assert!(error.contains("reverbs resume"), "{error}");
     assert_eq!(job.asked, [""; 0]);

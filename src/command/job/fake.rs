@@ -9,6 +9,7 @@ use reverbs::control::message::{
 
 use super::agents::{AgentFailure, Agents, Hello, Unreachable};
 use super::outside::Whose;
+use super::place::{NodeId, ProcessId};
 
 /// What happens to an agent when it is asked a certain thing for the first time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,14 @@ pub(super) struct FakeAgent {
     pub(super) resumed: u64,
 }
 
+/// A process of the first node.
+pub(super) fn process(pid: i32) -> ProcessId {
+    ProcessId {
+        node: NodeId::FIRST,
+        pid,
+    }
+}
+
 impl FakeAgent {
     pub(super) fn at(phase: Phase) -> Self {
         Self {
@@ -60,9 +69,9 @@ impl FakeAgent {
 
 #[derive(Debug, Default)]
 pub(super) struct FakeJob {
-    pub(super) agents: BTreeMap<i32, FakeAgent>,
+    pub(super) agents: BTreeMap<ProcessId, FakeAgent>,
     /// Agents that appear when the named request has been answered by all.
-    pub(super) appear_after: Option<(&'static str, i32, FakeAgent)>,
+    pub(super) appear_after: Option<(&'static str, ProcessId, FakeAgent)>,
     /// Process ids of orchestrators that live.
     pub(super) alive: Vec<i32>,
     pub(super) asked: Vec<&'static str>,
@@ -78,7 +87,7 @@ impl FakeJob {
         Self {
             agents: (100..)
                 .zip(phases)
-                .map(|(pid, phase)| (pid, FakeAgent::at(*phase)))
+                .map(|(pid, phase)| (process(pid), FakeAgent::at(*phase)))
                 .collect(),
             strict_barriers: true,
             ..Self::default()
@@ -87,18 +96,18 @@ impl FakeJob {
 
     /// Everybody must have passed `phase` before anybody goes on from there.
     fn check_barrier(&mut self, name: &str, phase: Phase) {
-        for (pid, agent) in &self.agents {
+        for (process, agent) in &self.agents {
             if self.strict_barriers && agent.phase < phase {
                 let at = agent.phase;
                 self.broken_rules
-                    .push(format!("{name} while {pid} is {at:?}"));
+                    .push(format!("{name} while {process} is {at:?}"));
             }
         }
     }
 
-    fn answer(&mut self, pid: i32, request: &Request) -> Result<Reply, AgentFailure> {
+    fn answer(&mut self, process: ProcessId, request: &Request) -> Result<Reply, AgentFailure> {
         let name = request.name();
-        let Some(agent) = self.agents.get_mut(&pid) else {
+        let Some(agent) = self.agents.get_mut(&process) else {
             return Err(AgentFailure::Ended);
         };
         if agent.stopped {
@@ -121,7 +130,7 @@ impl FakeJob {
                 return Err(AgentFailure::Broken("stopped".into()));
             }
             Some(Mishap::Dies) => {
-                self.agents.remove(&pid);
+                self.agents.remove(&process);
                 return Err(AgentFailure::Ended);
             }
             Some(Mishap::AnswerLost) => {
@@ -132,11 +141,11 @@ impl FakeJob {
         }
         let mut reply = agent.carry_out(request);
         if let Reply::Numbers { numbers } = &mut reply {
-            numbers.pid = pid;
+            numbers.pid = process.pid;
         }
         if let Reply::Refused { reason, .. } = &reply {
             self.broken_rules
-                .push(format!("{name} refused by {pid}: {reason}"));
+                .push(format!("{name} refused by {process}: {reason}"));
         }
         Ok(reply)
     }
@@ -224,13 +233,13 @@ impl Agents for FakeJob {
     fn scan(&mut self) -> Vec<Result<Hello, Unreachable>> {
         self.agents
             .iter()
-            .map(|(pid, agent)| match agent.stopped {
+            .map(|(process, agent)| match agent.stopped {
                 true => Err(Unreachable {
-                    pid: *pid,
+                    process: *process,
                     why: "stopped".into(),
                 }),
                 false => Ok(Hello {
-                    pid: *pid,
+                    process: *process,
                     phase: agent.phase,
                     session: agent.session.clone(),
                 }),
@@ -240,9 +249,9 @@ impl Agents for FakeJob {
 
     fn ask(
         &mut self,
-        targets: &[i32],
+        targets: &[ProcessId],
         request: &Request,
-    ) -> Vec<(i32, Result<Reply, AgentFailure>)> {
+    ) -> Vec<(ProcessId, Result<Reply, AgentFailure>)> {
         if targets.is_empty() {
             return Vec::new();
         }
@@ -258,12 +267,16 @@ impl Agents for FakeJob {
         }
         let answers = targets
             .iter()
-            .map(|pid| (*pid, self.answer(*pid, request)))
+            .map(|process| (*process, self.answer(*process, request)))
             .collect();
-        if let Some((_, pid, agent)) = self.appear_after.take_if(|(after, ..)| *after == name) {
-            self.agents.insert(pid, agent);
+        if let Some((_, process, agent)) = self.appear_after.take_if(|(after, ..)| *after == name) {
+            self.agents.insert(process, agent);
         }
         answers
+    }
+
+    fn name(&self, process: ProcessId) -> String {
+        process.to_string()
     }
 
     fn is_alive(&self, session: &Session) -> bool {
@@ -275,7 +288,7 @@ impl Agents for FakeJob {
         Ok(())
     }
 
-    fn whose(&self, _: &HardwarePeer, _: Option<&str>) -> anyhow::Result<Whose> {
+    fn whose(&mut self, _: &HardwarePeer, _: Option<(NodeId, &str)>) -> anyhow::Result<Whose> {
         Ok(Whose::Nobodys)
     }
 }

@@ -9,14 +9,19 @@ mod fake;
 mod host;
 mod lock;
 mod outside;
+mod place;
+mod sockets;
 mod tree;
 
-pub(crate) use agents::{SocketAgents, ask_once, listening};
+pub(crate) use agents::{AgentFailure, Agents, Hello, Unreachable};
 pub(crate) use driver::Driver;
 pub(crate) use lock::JobLock;
+pub(crate) use outside::Whose;
+pub(crate) use place::{NodeId, ProcessId};
+pub(crate) use sockets::{SocketAgents, ask_once, listening};
 #[cfg(test)]
 pub(crate) use tree::Member;
-pub(crate) use tree::{ProcessTree, root_of};
+pub(crate) use tree::{ProcessTree, is_reverbs, root_of};
 
 use reverbs::control::message::Session;
 

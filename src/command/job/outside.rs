@@ -4,11 +4,14 @@
 use std::collections::HashSet;
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use reverbs::control::message::{
     ContextPeers, HardwareAddress, HardwarePeer, HardwarePort, HardwareQueuePair,
 };
 use reverbs::handle::VirtualQpn;
+
+use super::place::{NodeId, ProcessId};
 
 /// Named in an error at most.
 const MOST_NAMED: usize = 3;
@@ -16,6 +19,7 @@ const MOST_NAMED: usize = 3;
 /// A queue pair whose peer is not part of the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stray {
+    pub(crate) process: ProcessId,
     pub(crate) pair: HardwareQueuePair,
     qpn: VirtualQpn,
     peer: HardwarePeer,
@@ -23,7 +27,7 @@ pub(crate) struct Stray {
 }
 
 /// Who has a queue pair that is none of the job's.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Whose {
     /// It was destroyed, or its process has ended. Or it is one that reverbs itself keeps in the job.
     Nobodys,
@@ -38,17 +42,17 @@ pub(crate) enum Whose {
 }
 
 /// Finds them. `whose` is asked for each peer that is none of the job's queue pairs, with the device of the job that has the
-/// address, if one has.
+/// address, and its node, if one has.
 ///
 /// # Errors
 /// Those of `whose`.
 pub(super) fn strays(
-    job: &[(i32, Vec<ContextPeers>)],
-    mut whose: impl FnMut(&HardwarePeer, Option<&str>) -> Result<Whose>,
+    job: &[(ProcessId, Vec<ContextPeers>)],
+    mut whose: impl FnMut(&HardwarePeer, Option<(NodeId, &str)>) -> Result<Whose>,
 ) -> Result<Vec<Stray>> {
     let contexts = || {
         job.iter()
-            .flat_map(|(pid, contexts)| contexts.iter().map(move |context| (*pid, context)))
+            .flat_map(|(process, contexts)| contexts.iter().map(move |context| (*process, context)))
     };
     let members: HashSet<HardwarePeer> = contexts()
         .flat_map(|(_, context)| context.queue_pairs.iter().map(move |pair| (context, pair)))
@@ -61,7 +65,7 @@ pub(super) fn strays(
         })
         .collect();
     let mut strays = Vec::new();
-    for (pid, context) in contexts() {
+    for (process, context) in contexts() {
         for pair in &context.queue_pairs {
             let Some(peer) = pair.peer.filter(|peer| !members.contains(peer)) else {
                 continue;
@@ -74,12 +78,13 @@ pub(super) fn strays(
                         .flat_map(addresses)
                         .any(|at| at == peer.address)
                 })
-                .map(|(_, other)| other.hardware_device.as_str());
+                .map(|(process, other)| (process.node, other.hardware_device.as_str()));
             match whose(&peer, device)? {
                 Whose::Nobodys => {}
                 whose => strays.push(Stray {
+                    process,
                     pair: HardwareQueuePair {
-                        pid,
+                        pid: process.pid,
                         hardware_device: context.hardware_device.clone(),
                         hardware_qpn: pair.hardware_qpn,
                     },
@@ -102,13 +107,9 @@ fn addresses(port: &HardwarePort) -> impl Iterator<Item = HardwareAddress> + '_ 
 }
 
 /// What to tell the user who has not allowed them.
-pub(super) fn refusal(strays: &[Stray]) -> String {
-    let named: Vec<_> = strays
-        .iter()
-        .take(MOST_NAMED)
-        .map(Stray::to_string)
-        .collect();
-    let more = match strays.len().saturating_sub(MOST_NAMED) {
+pub(super) fn refusal(strays: &[String]) -> String {
+    let named = &strays[..strays.len().min(MOST_NAMED)];
+    let more = match strays.len() - named.len() {
         0 => String::new(),
         more => format!("; and {more} more"),
     };
@@ -122,8 +123,8 @@ impl std::fmt::Display for Stray {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             out,
-            "process {}: queue pair {:#x} is connected to queue pair {:#x} ",
-            self.pair.pid, self.qpn.0, self.peer.qpn.0
+            "queue pair {:#x} is connected to queue pair {:#x} ",
+            self.qpn.0, self.peer.qpn.0
         )?;
         match &self.whose {
             Whose::Process { pid, name } => write!(out, "of process {pid} ({name})")?,
@@ -146,7 +147,7 @@ mod tests {
     };
     use reverbs::handle::{HardwareGid, HardwareLid, HardwareQpn, VirtualQpn};
 
-    use super::{Whose, refusal, strays};
+    use super::{NodeId, ProcessId, Whose, refusal, strays};
 
     const HERE: HardwareGid = HardwareGid([1; 16]);
     const ELSEWHERE: HardwareGid = HardwareGid([2; 16]);
@@ -175,15 +176,19 @@ mod tests {
 
     #[test]
     fn what_leads_out_is_named_and_what_was_destroyed_is_not() {
+        let first = |pid| ProcessId {
+            node: NodeId::FIRST,
+            pid,
+        };
         let job = [
-            (7, process(&[(1, HERE, 2), (3, HERE, 9)])),
+            (first(7), process(&[(1, HERE, 2), (3, HERE, 9)])),
             (
-                8,
+                first(8),
                 process(&[(2, HERE, 1), (4, HERE, 10), (5, ELSEWHERE, 1)]),
             ),
         ];
         let found = strays(&job, |peer, device| {
-            Ok(match (peer.qpn.0, device) {
+            Ok(match (peer.qpn.0, device.map(|(_, name)| name)) {
                 (9, Some("rxe0")) => Whose::Nobodys,
                 (10, Some("rxe0")) => Whose::Process {
                     pid: 55,
@@ -194,7 +199,11 @@ mod tests {
             })
         })
         .unwrap();
-        let said = refusal(&found);
+        let named: Vec<_> = found
+            .iter()
+            .map(|stray| format!("{}: {stray}", stray.process))
+            .collect();
+        let said = refusal(&named);
         for part in [
             "process 8: queue pair 0x68 is connected to queue pair 0xa of process 55 (stranger)",
             "queue pair 0x69 is connected to queue pair 0x1 at 202:202:",

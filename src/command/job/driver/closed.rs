@@ -1,14 +1,16 @@
 //! What is done while all gates are closed and nothing was moved yet: the way back is still open.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use reverbs::control::message::{DrainReport, Phase, Reply, Request};
+use reverbs::control::message::{DrainReport, HardwareQueuePair, Phase, Reply, Request};
 
 use super::{Driver, milliseconds};
 use crate::command::job::agents::Agents;
 use crate::command::job::outside;
+use crate::command::job::place::ProcessId;
 
 /// One round of draining, and all of them together.
 const DRAIN_ROUND: Duration = Duration::from_millis(20);
@@ -28,8 +30,8 @@ impl<A: Agents> Driver<'_, A> {
         let peers: Vec<_> = self
             .put(&targets, &Request::Peers)?
             .into_iter()
-            .filter_map(|(pid, reply)| match reply {
-                Reply::Peers { contexts } => Some((pid, contexts)),
+            .filter_map(|(process, reply)| match reply {
+                Reply::Peers { contexts } => Some((process, contexts)),
                 _ => None,
             })
             .collect();
@@ -37,15 +39,27 @@ impl<A: Agents> Driver<'_, A> {
         if strays.is_empty() {
             return Ok(());
         }
+        let named =
+            |stray: &outside::Stray| format!("{}: {stray}", self.agents.name(stray.process));
         if !self.allow_outside {
-            bail!("cannot be checkpointed: {}", outside::refusal(&strays));
+            let named: Vec<_> = strays.iter().map(named).collect();
+            bail!("cannot be checkpointed: {}", outside::refusal(&named));
         }
         for stray in &strays {
             self.progress
-                .note(&format!("{stray}: it will end in the error state"));
+                .note(&format!("{}: it will end in the error state", named(stray)));
         }
-        let queue_pairs = strays.into_iter().map(|stray| stray.pair).collect();
-        self.put(&targets, &Request::GiveUp { queue_pairs })?;
+        // To each its own: queue pairs of two nodes may bear the same numbers.
+        let mut of_process: BTreeMap<ProcessId, Vec<HardwareQueuePair>> = BTreeMap::new();
+        for stray in strays {
+            of_process
+                .entry(stray.process)
+                .or_default()
+                .push(stray.pair);
+        }
+        for (process, queue_pairs) in of_process {
+            self.put(&[process], &Request::GiveUp { queue_pairs })?;
+        }
         Ok(())
     }
 

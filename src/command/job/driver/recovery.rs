@@ -4,7 +4,7 @@ use anyhow::{Error, Result, bail};
 
 use reverbs::control::message::{Phase, Request};
 
-use super::{Driver, described};
+use super::Driver;
 use crate::command::job::agents::Agents;
 
 impl<A: Agents> Driver<'_, A> {
@@ -26,37 +26,34 @@ impl<A: Agents> Driver<'_, A> {
     /// in `Running` have already finished (or have just been started) and are left alone, since taking their
     /// hardware away would cut the connections of the others.
     ///
-    /// Nobody goes on without a process that is there but does not answer: what its peers send meanwhile would be lost to it.
-    /// Only where nothing was moved the others need not wait.
+    /// Nobody goes on without a process that is there but does not answer, or refuses: what its peers send meanwhile would be
+    /// lost to it. Only where nothing was moved the others need not wait.
     ///
     /// # Errors
-    /// A process refuses, and the others were brought back; or one does not answer, and the others wait where they are.
+    /// A process refuses or does not answer, and the others wait where they are.
     pub(crate) fn bring_back(&mut self) -> Result<()> {
         self.tolerant = true;
         self.takeover = true;
-        self.silent.clear();
+        self.hindered.clear();
         self.look_around()?;
-        let outcome = match self.silent.is_empty() {
+        let outcome = match self.hindered.is_empty() {
             true => self.backwards_or_forwards(),
             false => Ok(()),
         };
-        if !self.silent.is_empty() {
-            let silent = described(&self.silent);
-            if self.moved {
-                bail!(
-                    "{silent}; the others wait: make it answer, or end it, and run `reverbs resume`"
-                );
-            }
-            self.finish()?;
+        if self.hindered.is_empty() {
+            return outcome;
+        }
+        if !self.moved {
+            // Whoever refuses that as well is among the hindered.
+            let _ = self.finish();
+        }
+        let hindered = self.described(&self.hindered);
+        if self.phases.values().any(|phase| *phase != Phase::Running) {
             bail!(
-                "{silent}; nothing was moved, the others run: `reverbs resume` when it answers again"
+                "{hindered}; the others wait: make it answer, or end it, and run `reverbs resume`"
             );
         }
-        outcome?;
-        if !self.stuck.is_empty() {
-            bail!("could not be brought back: {}", described(&self.stuck));
-        }
-        Ok(())
+        bail!("{hindered}; the others run: `reverbs resume` when it answers again");
     }
 
     fn backwards_or_forwards(&mut self) -> Result<()> {

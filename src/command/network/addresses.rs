@@ -8,26 +8,18 @@ use procfs::net::TcpState;
 
 use reverbs::image::BoundAddress;
 
-use super::files::Held;
-use super::progress::Progress;
+use super::Tables;
+use crate::command::files::Held;
 
 /// What sockets of the tree are bound to, beyond loopback and "any".
-pub(crate) fn of_tree(held: &Held) -> Vec<BoundAddress> {
-    let tcp = [procfs::net::tcp(), procfs::net::tcp6()]
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| {
-            (
-                entry.inode,
-                entry.local_address.ip(),
-                entry.state == TcpState::Established,
-            )
-        });
-    let udp = [procfs::net::udp(), procfs::net::udp6()]
-        .into_iter()
-        .flatten()
-        .flatten()
+pub(crate) fn of_tree(tables: &Tables, held: &Held) -> Vec<BoundAddress> {
+    let tcp = tables.tcp.iter().map(|entry| {
+        let connected = entry.state == TcpState::Established;
+        (entry.inode, entry.local_address.ip(), connected)
+    });
+    let udp = tables
+        .udp
+        .iter()
         .map(|entry| (entry.inode, entry.local_address.ip(), false));
     let mut found: Vec<BoundAddress> = Vec::new();
     for (inode, address, connected) in tcp.chain(udp) {
@@ -51,12 +43,12 @@ pub(crate) struct ForeignBinds {
 }
 
 impl ForeignBinds {
-    /// Lets CRIU bind sockets that listen at an address of the old host: nobody will reach them there, and what matters is
-    /// that they exist.
+    /// Lets CRIU bind sockets that listen at an address of the old host: nobody will reach them there ([`unreachable`] says
+    /// so), and what matters is that they exist.
     ///
     /// # Errors
     /// A *connection* goes through an address that is not here: it would be dead.
-    pub(crate) fn allow(addresses: &[BoundAddress], progress: &Progress) -> Result<Self> {
+    pub(crate) fn allow(addresses: &[BoundAddress]) -> Result<Self> {
         let mut allowed = Self {
             changed: Vec::new(),
         };
@@ -69,9 +61,6 @@ impl ForeignBinds {
                      address (`ip address add {address}/{bits} dev lo`, if no other host has it any more)"
                 );
             }
-            progress.note(&format!(
-                "sockets of the job listen at {address}, which this host does not have: nobody will reach them"
-            ));
             let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
             let setting = PathBuf::from(format!("/proc/sys/net/{family}/ip_nonlocal_bind"));
             if let Ok(before) = std::fs::read_to_string(&setting)
@@ -94,7 +83,22 @@ impl Drop for ForeignBinds {
     }
 }
 
-fn is_here(address: IpAddr) -> bool {
+/// What to tell of sockets that will listen at addresses of another host.
+pub(crate) fn unreachable(addresses: &[BoundAddress]) -> Vec<String> {
+    addresses
+        .iter()
+        .filter(|bound| !bound.connected && !is_here(bound.address))
+        .map(|bound| {
+            format!(
+                "sockets of the job listen at {}, which this host does not have: nobody will reach them",
+                bound.address
+            )
+        })
+        .collect()
+}
+
+/// Whether this host has an address.
+pub(crate) fn is_here(address: IpAddr) -> bool {
     !matches!(
         UdpSocket::bind((address, 0)),
         Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable
@@ -104,7 +108,6 @@ fn is_here(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::{BoundAddress, ForeignBinds, is_here};
-    use crate::command::progress::Progress;
 
     #[test]
     fn a_connection_at_a_foreign_address_is_refused_with_the_remedy() {
@@ -116,7 +119,7 @@ mod tests {
             address,
             connected: true,
         }];
-        let error = ForeignBinds::allow(&bound, &Progress::new(true)).unwrap_err();
+        let error = ForeignBinds::allow(&bound).unwrap_err();
         assert!(error.to_string().contains("192.0.2.1/32 dev lo"), "{error}");
     }
 }

@@ -5,47 +5,50 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use procfs::net::TcpNetEntry;
 use procfs::process::{FDTarget, Process};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use super::{Namespace, Tables};
 
 /// The mark of the packets that CRIU itself lets pass, as `iptables -S` prints its rules.
 const MARK: &str = "-m mark ! --mark 0xc114";
 
 /// Lets go of the connections of these processes. What cannot be undone is said in the log.
 pub(crate) fn release(root: i32, processes: &[i32]) {
-    let connections = connections(processes);
+    let connections = connections(root, processes);
+    // One that cannot be found is that of nobody any more.
+    let namespace = Namespace::of(root).unwrap_or_default();
     if connections.is_empty() {
         return;
     }
     for firewall in ["iptables", "ip6tables"] {
-        for rule in rules(firewall) {
+        for rule in rules(&namespace, firewall) {
             if connections.iter().any(|one| is_about(&rule, one)) {
                 let deleted = rule.replacen("-A ", "-D ", 1);
-                run(firewall, deleted.split_whitespace());
+                run(&namespace, firewall, deleted.split_whitespace());
             }
         }
     }
     // Younger releases of CRIU have a table of their own instead.
     let table = format!("delete table inet CRIU-{root}");
-    run("nft", table.split_whitespace());
+    run(&namespace, "nft", table.split_whitespace());
     for pid in processes {
         end_repairs(*pid, &connections);
     }
 }
 
-fn connections(processes: &[i32]) -> Vec<TcpNetEntry> {
+fn connections(root: i32, processes: &[i32]) -> Vec<TcpNetEntry> {
     let sockets: Vec<u64> = processes
         .iter()
         .flat_map(|pid| sockets(*pid))
         .map(|(_, inode)| inode)
         .collect();
-    [procfs::net::tcp(), procfs::net::tcp6()]
+    Tables::of(root)
+        .tcp
         .into_iter()
-        .flatten()
-        .flatten()
         .filter(|entry| sockets.contains(&entry.inode) && entry.remote_address.port() != 0)
         .collect()
 }
@@ -64,10 +67,10 @@ fn sockets(pid: i32) -> Vec<(i32, u64)> {
         .collect()
 }
 
-fn rules(firewall: &str) -> Vec<String> {
-    let listed = Command::new(firewall)
+fn rules(namespace: &Namespace, firewall: &str) -> Vec<String> {
+    let listed = namespace
+        .command(firewall)
         .arg("-S")
-        .env("PATH", super::criu::system_path())
         .stdin(Stdio::null())
         .output();
     let text = listed.map_or_else(|_| Vec::new(), |listed| listed.stdout);
@@ -138,10 +141,9 @@ fn check(answer: libc::c_int) -> std::io::Result<()> {
     }
 }
 
-fn run<'a>(program: &str, arguments: impl Iterator<Item = &'a str>) {
-    let mut command = Command::new(program);
+fn run<'a>(namespace: &Namespace, program: &str, arguments: impl Iterator<Item = &'a str>) {
+    let mut command = namespace.command(program);
     command.args(arguments).stdin(Stdio::null());
-    command.env("PATH", super::criu::system_path());
     // Not there, or no such table: then there is nothing to undo.
     let done = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
     tracing::debug!(?command, ?done, "undone");
@@ -161,7 +163,7 @@ mod tests {
         let here = stream.local_addr().unwrap().port();
         let us = std::process::id().cast_signed();
         assert!(sockets(us).len() >= 2);
-        let ours = connections(&[us]);
+        let ours = connections(us, &[us]);
         let rule = |from, to| {
             format!(
                 "-A INPUT -s 127.0.0.1/32 -d 127.0.0.1/32 -p tcp -m mark ! --mark 0xc114 -m tcp \

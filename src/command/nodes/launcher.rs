@@ -1,0 +1,74 @@
+//! Starting a command on another node, by what the user has for that: ssh, or srun inside an allocation.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// Names the program, as the option `--rsh` does.
+pub(crate) const RSH_VARIABLE: &str = "REVERBS_RSH";
+
+/// A program that is called like ssh: with a host and a command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Launcher {
+    words: Vec<String>,
+    /// A step of the cluster's engine: what it has started ends with it.
+    pub(crate) is_step: bool,
+}
+
+impl Launcher {
+    /// The one asked for; else, inside a Slurm allocation, srun; else ssh.
+    pub(crate) fn find(asked: Option<&str>) -> Self {
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
+        let variable = std::env::var(RSH_VARIABLE).ok();
+        let asked = asked
+            .or(variable.as_deref())
+            .filter(|text| !text.trim().is_empty());
+        match asked {
+            Some(text) => Self {
+                words: words(text),
+                is_step: text.split_whitespace().next() == Some("srun"),
+            },
+            None if std::env::var_os("SLURM_JOB_ID").is_some() => Self {
+                words: words("srun --overlap --nodes=1 --ntasks=1 --quiet --unbuffered --nodelist"),
+                is_step: true,
+            },
+            None => Self {
+                words: words("ssh -o BatchMode=yes"),
+                is_step: false,
+            },
+        }
+    }
+
+    /// What runs this very command, with `arguments`, on `host`.
+    ///
+    /// # Errors
+    /// We do not know where we are.
+    pub(crate) fn command(&self, host: &str, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(
+            self.words
+                .first()
+                .context("no program to reach other nodes by")?,
+        );
+        command
+            .args(&self.words[1..])
+            .arg(host)
+            .arg(executable()?)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    /// For messages.
+    pub(crate) fn name(&self) -> &str {
+        self.words.first().map_or("", String::as_str)
+    }
+}
+
+/// This command is at the same place on all nodes.
+fn executable() -> Result<PathBuf> {
+    std::env::current_exe().context("cannot find this command itself")
+}

@@ -1,0 +1,20 @@
+//! A job over several nodes: how the first node reaches the others, and speaks with all of them. docs/nodes.md has the whole
+//! of it.
+//!
+//! `launcher` starts a command on another node by what the user has for that; `channel` is an authenticated connection over
+//! its standard input and output; `relay` is one node in the tree of connections, and what it does for those behind it;
+//! `serve` is what runs on the other nodes; `record` remembers which nodes a job has; `start` puts its processes there;
+//! `ensemble` is the whole job as the commands see it.
+
+mod channel;
+mod ensemble;
+mod launcher;
+mod record;
+mod relay;
+mod serve;
+pub(crate) mod start;
+
+pub(crate) use ensemble::Ensemble;
+pub(crate) use launcher::Launcher;
+pub(crate) use record::{JobRecord, RecordedNode};
+pub(crate) use serve::serve;

@@ -1,0 +1,336 @@
+//! How the processes of a job get to its other nodes.
+//!
+//! mpirun is told to use `reverbs remote` where it would use ssh. That asks `reverbs run`, the parent of mpirun, to start the
+//! remote part, and ends: so no client of ssh or srun is in a process tree that will be saved. On the other node
+//! `reverbs node --start` puts the part into a session of its own, whose root is what a checkpoint of that node saves.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use reverbs::control::socket;
+
+use super::channel::read_line;
+use super::launcher::Launcher;
+use super::record::{JobRecord, RecordedNode};
+use super::relay::{MAGIC, runtime_folder};
+use crate::command::node::JOB_VARIABLE;
+use crate::command::secret::Secret;
+
+/// Where `reverbs remote` finds `reverbs run`.
+const SOCKET_VARIABLE: &str = "REVERBS_START";
+const LONGEST_LINE: usize = 1 << 20;
+
+/// What `reverbs remote` asks of `reverbs run`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Wish {
+    host: String,
+    /// For a shell there.
+    command: String,
+}
+
+/// What `reverbs run` tells `reverbs node --start`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    job: String,
+    secret: Secret,
+    environment: Vec<(String, String)>,
+    command: String,
+    /// Stay as its parent: what a step of the cluster's engine has started ends with the step.
+    stay: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Started {
+    Pid(i32),
+    Failed(String),
+}
+
+/// Serves the wishes of `reverbs remote` while the job runs.
+#[derive(Debug)]
+pub(crate) struct Starter {
+    shared: Arc<Shared>,
+    socket: PathBuf,
+}
+
+#[derive(Debug)]
+struct Shared {
+    runtime_folder: PathBuf,
+    secret: Secret,
+    environment: Vec<(String, String)>,
+    record: Mutex<JobRecord>,
+    /// Launchers that last as long as what they have started.
+    steps: Mutex<Vec<Child>>,
+}
+
+impl Starter {
+    /// Listens. `environment` is what the job gets from `reverbs run` on every node.
+    ///
+    /// # Errors
+    /// The runtime folder cannot be written to.
+    pub(crate) fn listen(
+        launcher: Launcher,
+        id: String,
+        environment: Vec<(String, String)>,
+    ) -> Result<Self> {
+        let runtime_folder = runtime_folder()?;
+        let socket = runtime_folder.join(format!("start-{id}.sock"));
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("cannot listen at {}", socket.display()))?;
+        let host = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+        let secret = Secret::fresh()?;
+        secret.keep(&runtime_folder, &id)?;
+        let shared = Arc::new(Shared {
+            runtime_folder,
+            secret,
+            environment,
+            record: Mutex::new(JobRecord {
+                id,
+                launcher,
+                nodes: vec![RecordedNode {
+                    name: host,
+                    root: 0,
+                }],
+            }),
+            steps: Mutex::default(),
+        });
+        let serving = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(std::io::Result::ok) {
+                let serving = Arc::clone(&serving);
+                // All nodes are started at the same time.
+                std::thread::spawn(move || serving.serve(stream));
+            }
+        });
+        Ok(Self { shared, socket })
+    }
+
+    /// What makes launchers use us, for the environment of the job.
+    ///
+    /// # Errors
+    /// We do not know where we are.
+    pub(crate) fn variables(&self) -> Result<Vec<(String, String)>> {
+        let us = std::env::current_exe().context("cannot find this command itself")?;
+        let us = us
+            .to_str()
+            .context("the path of this command is not UTF-8")?;
+        let agent = format!("{us} remote");
+        let mut variables = vec![
+            (
+                JOB_VARIABLE.to_owned(),
+                lock(&self.shared.record).id.clone(),
+            ),
+            (
+                SOCKET_VARIABLE.to_owned(),
+                self.socket.to_string_lossy().into_owned(),
+            ),
+        ];
+        // Open MPI 4, and PRRTE of Open MPI 5. All from the first node: the others have no `reverbs run`.
+        for (prefix, component) in [("OMPI_MCA_", "rsh"), ("PRTE_MCA_", "ssh")] {
+            let names = ["plm", "agent", "no_tree_spawn"].map(|name| match name {
+                "plm" => format!("{prefix}plm"),
+                name => format!("{prefix}plm_{component}_{name}"),
+            });
+            if names.iter().any(|name| std::env::var_os(name).is_some()) {
+                continue;
+            }
+            let values = [component, &agent, "1"].map(str::to_owned);
+            variables.extend(names.into_iter().zip(values));
+        }
+        Ok(variables)
+    }
+}
+
+impl Drop for Starter {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+        let record = lock(&self.shared.record);
+        JobRecord::remove(&self.shared.runtime_folder, &record.id);
+        for step in lock(&self.shared.steps).iter_mut() {
+            let _ = step.kill();
+            let _ = step.wait();
+        }
+    }
+}
+
+impl Shared {
+    fn serve(&self, mut stream: UnixStream) {
+        let asked: std::io::Result<Option<Wish>> = socket::receive(&mut stream);
+        let Ok(Some(wish)) = asked else { return };
+        let started = match self.start(&wish) {
+            Ok(pid) => Started::Pid(pid),
+            Err(error) => Started::Failed(format!("{error:#}")),
+        };
+        // If `reverbs remote` is gone, mpirun knows that this node failed.
+        let _ = socket::send(&mut stream, &started);
+    }
+
+    fn start(&self, wish: &Wish) -> Result<i32> {
+        let (launcher, job) = {
+            let record = lock(&self.record);
+            (record.launcher.clone(), record.id.clone())
+        };
+        let order = Order {
+            job: job.clone(),
+            secret: self.secret.clone(),
+            environment: [
+                self.environment.clone(),
+                vec![(JOB_VARIABLE.to_owned(), job.clone())],
+            ]
+            .concat(),
+            command: wish.command.clone(),
+            stay: launcher.is_step,
+        };
+        let mut child = launcher
+            .command(&wish.host, &["node", "--start"])?
+            .stderr(Stdio::inherit())
+            .spawn()
+            .with_context(|| format!("cannot start `{}`", launcher.name()))?;
+        let mut line = serde_json::to_vec(&order)?;
+        line.push(b'\n');
+        let mut input = child.stdin.take().context("no pipe to it")?;
+        let said = input
+            .write_all(&line)
+            .and_then(|()| input.flush())
+            .map_err(anyhow::Error::from)
+            .and_then(|()| answer(&mut child));
+        let outcome = match said {
+            Ok(Started::Pid(pid)) => Ok(pid),
+            Ok(Started::Failed(why)) => Err(anyhow!(why)),
+            Err(error) => Err(error.context(format!("{} to {}", launcher.name(), wish.host))),
+        };
+        if launcher.is_step && outcome.is_ok() {
+            // Its standard input stays open as long as it lives.
+            child.stdin = Some(input);
+            lock(&self.steps).push(child);
+        } else {
+            drop(input);
+            let _ = child.wait();
+        }
+        let pid = outcome?;
+        let mut record = lock(&self.record);
+        record.nodes.push(RecordedNode {
+            name: wish.host.clone(),
+            root: pid,
+        });
+        record.write(&self.runtime_folder)?;
+        Ok(pid)
+    }
+}
+
+fn answer(child: &mut Child) -> Result<Started> {
+    let output = child.stdout.take().context("no pipe from it")?;
+    for line in BufReader::new(output).lines() {
+        if let Some(answer) = line?.strip_prefix(MAGIC) {
+            return Ok(serde_json::from_str(answer)?);
+        }
+    }
+    bail!("it ended without an answer")
+}
+
+/// `reverbs remote HOST COMMAND...`: called by mpirun as it would call ssh.
+///
+/// # Errors
+/// The node cannot be reached, or the command not be started there.
+pub(crate) fn remote(host: &str, words: &[String]) -> Result<ExitCode> {
+    let socket = std::env::var_os(SOCKET_VARIABLE)
+        .context("this is called by mpirun in a job that `reverbs run` has started, not by hand")?;
+    let mut stream = UnixStream::connect(&socket).with_context(|| {
+        format!(
+            "the `reverbs run` that started the job is gone ({}): processes can be put on further nodes only while it runs",
+            Path::new(&socket).display()
+        )
+    })?;
+    let wish = Wish {
+        host: host.to_owned(),
+        command: words.join(" "),
+    };
+    socket::send(&mut stream, &wish)?;
+    match socket::receive(&mut stream)? {
+        Some(Started::Pid(_)) => Ok(ExitCode::SUCCESS),
+        Some(Started::Failed(why)) => bail!("node {host}: {why}"),
+        None => bail!("node {host}: `reverbs run` has ended"),
+    }
+}
+
+/// `reverbs node --start`: the other end of it.
+///
+/// # Errors
+/// The command cannot be started here.
+#[expect(clippy::print_stdout)]
+pub(crate) fn start_here() -> Result<ExitCode> {
+    let mut input = File::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let line = read_line(&mut input, LONGEST_LINE).context("nobody has said what to start")?;
+    let order: Order = serde_json::from_str(&line)
+        .context("this is started by `reverbs run` on another node, not by hand")?;
+    let started = spawn(&order);
+    let said = match &started {
+        Ok(child) => Started::Pid(child.id().cast_signed()),
+        Err(error) => Started::Failed(format!("{error:#}")),
+    };
+    println!("{MAGIC}{}", serde_json::to_string(&said)?);
+    std::io::stdout().flush()?;
+    let mut child = started?;
+    if order.stay {
+        let status = child.wait()?;
+        return Ok(crate::command::run::exit_code(status));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn spawn(order: &Order) -> Result<Child> {
+    /// A command that cannot be found ends at once.
+    const LOOK: Duration = Duration::from_millis(100);
+    for (name, value) in &order.environment {
+        // SAFETY: no other thread was started yet.
+        unsafe { std::env::set_var(name, value) };
+    }
+    let folder = runtime_folder()?;
+    order.secret.keep(&folder, &order.job)?;
+    let log = folder.join(format!("job-{}.log", order.job));
+    let output = File::options()
+        .create(true)
+        .append(true)
+        .open(&log)
+        .with_context(|| format!("cannot write {}", log.display()))?;
+    crate::command::run::leave_low_ids();
+    let mut command = Command::new("/bin/sh");
+    command
+        .arg("-c")
+        .arg(&order.command)
+        .stdin(Stdio::null())
+        .stderr(output.try_clone()?)
+        .stdout(output);
+    // SAFETY: setsid is async-signal-safe and touches no memory; it cannot fail in a child that was just forked.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            Ok(())
+        });
+    }
+    let mut child = command.spawn().context("cannot start /bin/sh")?;
+    std::thread::sleep(LOOK);
+    if let Some(status) = child.try_wait()? {
+        let said = std::fs::read_to_string(&log).unwrap_or_default();
+        let last = said.lines().next_back().unwrap_or_default().trim();
+        bail!("the command ended at once ({status}): {last}");
+    }
+    Ok(child)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
