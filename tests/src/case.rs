@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::report::{Place, Test};
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults, killed,
@@ -120,7 +121,41 @@ pub enum Action {
     Failing(&'static failures::Failing),
 }
 
+/// A case with the settings of the run.
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    case: &'a Case,
+    setup: &'a Setup,
+}
+
+impl Test for Prepared<'_> {
+    fn name(&self) -> &str {
+        &self.case.name
+    }
+
+    fn lacking(&self) -> Option<&'static str> {
+        self.case.needs.lacking(self.setup)
+    }
+
+    fn limit(&self) -> Duration {
+        self.case.limit
+    }
+
+    fn run(&self, place: Place) -> Result<String> {
+        self.case.run(&Job {
+            setup: self.setup,
+            folder: place.folder,
+            deadline: place.deadline,
+            port: place.port,
+        })
+    }
+}
+
 impl Case {
+    pub fn prepared<'a>(&'a self, setup: &'a Setup) -> Prepared<'a> {
+        Prepared { case: self, setup }
+    }
+
     /// Runs the case. The text is a remark for the report, "" for none.
     ///
     /// # Errors

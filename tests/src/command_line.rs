@@ -72,7 +72,7 @@ pub fn run() -> Result<bool> {
             arguments
                 .filter
                 .iter()
-                .any(|part| matches(&case.name, part))
+                .any(|part| report::matches(&case.name, part))
         });
     }
     if arguments.list {
@@ -105,14 +105,6 @@ pub fn run() -> Result<bool> {
         counting: arguments.counting,
         wrapper: None,
     };
-    report::run_all(&cases, &setup, &mut out)
-}
-
-/// A part of the name; with `^` in front, its beginning; with `=`, all of it.
-fn matches(name: &str, part: &str) -> bool {
-    match (part.strip_prefix('^'), part.strip_prefix('=')) {
-        (Some(beginning), _) => name.starts_with(beginning),
-        (_, Some(whole)) => name == whole,
-        _ => name.contains(part),
-    }
+    let prepared: Vec<_> = cases.iter().map(|case| case.prepared(&setup)).collect();
+    report::run_all(&prepared, &setup.output, &mut out)
 }
