@@ -1,0 +1,217 @@
+//! The job of most cases: `mpi_check` over several nodes, launched by stock Open MPI over TCP.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use reverbs_tests::mpi;
+use reverbs_tests::process::Running;
+use reverbs_tests::setup::Deadline;
+
+use crate::case::Context;
+use crate::cluster::Cluster;
+use crate::node::INTERFACE;
+use crate::processes::Process;
+
+/// Ranks of each node.
+pub const RANKS: usize = 2;
+
+/// The program of each rank.
+pub const PROGRAM: &str = "mpi_check";
+
+/// So many rounds more show that the job is at work.
+const ROUNDS: u64 = 3;
+
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// What a job was started with; it is the same job after a restart.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// For its output and for the files by which it is steered; the same on all nodes.
+    folder: PathBuf,
+    /// The names that mpirun was given.
+    hosts: Vec<String>,
+    program: PathBuf,
+}
+
+impl Job {
+    /// A job over all nodes that are up.
+    ///
+    /// # Errors
+    /// When the program was not compiled.
+    pub fn over(cluster: &Cluster, context: &Context<'_>) -> Result<Self> {
+        let nodes = cluster.nodes().iter();
+        Ok(Self {
+            folder: context.folder.clone(),
+            hosts: nodes.map(|node| node.name().to_owned()).collect(),
+            program: context.setup.program(PROGRAM)?,
+        })
+    }
+
+    pub fn ranks(&self) -> usize {
+        self.hosts.len() * RANKS
+    }
+
+    /// The names that mpirun was given, first the node that it runs on.
+    pub fn hosts(&self) -> &[String] {
+        &self.hosts
+    }
+
+    /// The command that a user would give.
+    pub fn mpirun(&self) -> Command {
+        let hosts: Vec<_> = self
+            .hosts
+            .iter()
+            .map(|host| format!("{host}:{RANKS}"))
+            .collect();
+        let mut command = Command::new("mpirun");
+        command
+            .args(["--host", &hosts.join(",")])
+            .args(["-np", &self.ranks().to_string()])
+            .args(["--allow-run-as-root", "--bind-to", "none"])
+            .args(["--mca", "pml", "ob1", "--mca", "btl", "tcp,self"])
+            .args(["--mca", "oob_tcp_if_include", INTERFACE])
+            .args(["--mca", "btl_tcp_if_include", INTERFACE])
+            // More ranks than processors: a rank that waits must give way.
+            .args(["--mca", "mpi_yield_when_idle", "1"])
+            .arg(&self.program)
+            .arg("--until")
+            .arg(self.until())
+            .arg("--progress")
+            .arg(self.progress_file());
+        command
+    }
+
+    /// Its existence makes the job finish.
+    fn until(&self) -> PathBuf {
+        self.folder.join("enough")
+    }
+
+    fn progress_file(&self) -> PathBuf {
+        self.folder.join("progress")
+    }
+
+    /// Rounds that all ranks have done.
+    ///
+    /// # Errors
+    /// When the file holds something else.
+    pub fn progress(&self) -> Result<u64> {
+        match fs::read_to_string(self.progress_file()) {
+            Ok(text) => text.trim().parse().context(text),
+            Err(_) => Ok(0),
+        }
+    }
+
+    /// Waits until it has done some more rounds.
+    ///
+    /// # Errors
+    /// When it does none, or `alive` says that it has ended.
+    pub fn wait_for_progress(
+        &self,
+        deadline: Deadline,
+        mut alive: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let before = self.progress()?;
+        while self.progress()? < before + ROUNDS {
+            alive()?;
+            ensure!(!deadline.passed(), "the job stands still at round {before}");
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
+    /// Lets the job end of itself.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn tell_to_finish(&self) -> Result<()> {
+        Ok(fs::write(self.until(), "")?)
+    }
+
+    /// Waits until a job that nobody waits for has accounted for itself.
+    ///
+    /// # Errors
+    /// When it does not, or found anything wrong.
+    pub fn wait_for_account(&self, output: &Path, deadline: Deadline) -> Result<u64> {
+        loop {
+            let text = fs::read_to_string(output)?;
+            if text.lines().any(|line| line == "ok") {
+                return self.account(&text);
+            }
+            ensure!(!deadline.passed(), "the job does not end: {text}");
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Reads what all ranks say at their end. Gives the number of rounds.
+    ///
+    /// # Errors
+    /// When one is missing, or the ranks do not agree.
+    pub fn account(&self, output: &str) -> Result<u64> {
+        let rounds = mpi::check_account(output, u32::try_from(self.ranks())?)?;
+        let noted = self.progress()?;
+        ensure!(rounds == noted, "{rounds} rounds done and {noted} noted");
+        Ok(rounds)
+    }
+
+    /// The processes of the job: on the first node mpirun, on the others orted, and the ranks below them.
+    ///
+    /// # Errors
+    /// When a node has others, or what is below a root is anything else (a remote shell, above all).
+    pub fn trees(&self, cluster: &Cluster) -> Result<Vec<Tree>> {
+        let mut trees = Vec::new();
+        for node in cluster.nodes() {
+            let name = if trees.is_empty() { "mpirun" } else { "orted" };
+            let roots = node.called(name);
+            let [root] = roots.as_slice() else {
+                bail!(
+                    "{} has {} processes called {name}",
+                    node.name(),
+                    roots.len()
+                );
+            };
+            let mut below: Vec<Process> = node.processes();
+            let members = reverbs_tests::tree::descendants(root.pid);
+            below.retain(|process| members.contains(&process.pid));
+            let strange = below
+                .iter()
+                .find(|process| process.name != PROGRAM || process.parent != root.pid);
+            if let Some(strange) = strange {
+                bail!("{} has {strange:?} below {name}", node.name());
+            }
+            ensure!(
+                below.len() == RANKS,
+                "{} has {} ranks",
+                node.name(),
+                below.len()
+            );
+            trees.push(Tree {
+                host: node.name().to_owned(),
+                root: root.clone(),
+                ranks: below,
+            });
+        }
+        Ok(trees)
+    }
+}
+
+/// What a job has on one node.
+#[derive(Clone, Debug)]
+pub struct Tree {
+    pub host: String,
+    pub root: Process,
+    pub ranks: Vec<Process>,
+}
+
+/// The program below which a job runs must not have ended.
+///
+/// # Errors
+/// When it has.
+pub fn still_runs(runner: &mut Running) -> Result<()> {
+    match runner.ended()? {
+        Some(status) => bail!("the job has ended ({status}): {}", runner.errors()?.trim()),
+        None => Ok(()),
+    }
+}
