@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::cluster::Cluster;
 use crate::node::{INTERFACE, Node};
+use crate::processes::Process;
 
 /// How long a process may take to end that has nothing more to do.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -45,7 +46,8 @@ pub fn no_process(node: &Node) -> Result<()> {
         if left.is_empty() {
             return Ok(());
         }
-        if deadline.passed() {
+        // Nobody who is stopped ends.
+        if deadline.passed() || left.iter().any(Process::is_stopped) {
             bail!("left on {}: {left:?}", node.name());
         }
         std::thread::sleep(PAUSE);

@@ -171,15 +171,16 @@ impl Cluster {
     }
 
     fn plug_in(&self, node: &Node) -> Result<()> {
+        let [a, b, c, d] = node.address.octets();
+        // Part of the address: the others are not to look for a new node at the hardware address of the old one.
+        let hardware = format!("02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}");
         let init = node.init.to_string();
-        ip(&[
-            "link", "add", &node.port, "type", "veth", "peer", "name", INTERFACE, "netns", &init,
-        ])?;
+        let near = ["link", "add", &node.port, "type", "veth", "peer"];
+        let far = ["name", INTERFACE, "address", &hardware, "netns", &init];
+        ip(&[&near[..], &far[..]].concat())?;
         ip(&["link", "set", &node.port, "master", BRIDGE, "up"])?;
-        // It tells the others that its address has moved here, as a node that boots does.
         node.shell(&format!(
-            "echo 1 > /proc/sys/net/ipv4/conf/{INTERFACE}/arp_notify && ip link set lo up && \
-              ip address add {}/24 dev {INTERFACE} && ip link set {INTERFACE} up",
+            "ip link set lo up && ip address add {}/24 dev {INTERFACE} && ip link set {INTERFACE} up",
             node.address
         ))
         .map(drop)
