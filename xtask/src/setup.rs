@@ -37,6 +37,7 @@ const PACKAGES: &[&str] = &[
     "busybox-static",
     "iproute2",
     "kmod",
+    "nftables",
     "procps",
     "qemu-system-x86",
     "util-linux",
@@ -134,6 +135,8 @@ fn missing() -> Result<Vec<&'static str>> {
         .collect())
 }
 
-fn is_root() -> Result<bool> {
+/// # Errors
+/// When that cannot be told.
+pub fn is_root() -> Result<bool> {
     Ok(command::output(Command::new("id").arg("-u"))?.trim() == "0")
 }

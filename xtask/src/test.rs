@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::stage::{self, cargo};
-use crate::test_plan::{RUNS, Run};
+use crate::test_plan::{NODE_CASES, RUNS, Run};
 use crate::vm::{self, Machine, Output};
 use crate::{command, demo, fuzz, paths, setup};
 
@@ -67,6 +67,7 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
             count.add(guest.run(run, &cases)?);
         }
     }
+    count.add(guest.node_tests(long, filter)?);
     if count == Count::default() {
         bail!("no test ran: none has such a name");
     }
@@ -165,6 +166,8 @@ impl Guest {
             "--package",
             "reverbs-tests",
             "--package",
+            "reverbs-node-tests",
+            "--package",
             "reverbs-wrappers",
         ];
         command::run(cargo().arg("build").args(packages))?;
@@ -234,6 +237,48 @@ impl Guest {
                 outcome.end,
                 share.join(run.name).display()
             );
+            count.add(Count::ONE_FAILED);
+        }
+        Ok(count)
+    }
+
+    /// Jobs over several nodes, natively.
+    fn node_tests(&self, long: bool, filter: Option<&str>) -> Result<Count> {
+        let chosen: &[&str] = if long { &[] } else { NODE_CASES };
+        let runner = self.runner.with_file_name("node-tests");
+        let listed = command::output(Command::new(&runner).arg("--list").args(chosen))?;
+        let cases: Vec<String> = listed
+            .lines()
+            .filter(|name| filter.is_none_or(|filter| name.contains(filter)))
+            .map(|name| format!("={name}"))
+            .collect();
+        if cases.is_empty() {
+            return Ok(Count::default());
+        }
+        if !setup::is_root()? {
+            heading("several nodes: skipped, since only root can make them");
+            return Ok(Count::default());
+        }
+        heading("several nodes: namespaces of this machine");
+        let mut child = Command::new(&runner)
+            .arg("--stage")
+            .arg(&self.stage)
+            .arg("--programs")
+            .arg(&self.programs)
+            .arg("--output")
+            .arg(paths::target()?.join("node-tests"))
+            .args(cases)
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start node-tests")?;
+        let stream = child.stdout.take().context("node-tests has no stdout")?;
+        let mut count = Count::default();
+        for line in BufReader::new(stream).lines() {
+            let line = line?;
+            writeln!(std::io::stdout(), "{line}")?;
+            count = parse_count(&line).unwrap_or(count);
+        }
+        if !child.wait()?.success() && count.failed == 0 {
             count.add(Count::ONE_FAILED);
         }
         Ok(count)

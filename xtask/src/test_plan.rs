@@ -145,6 +145,9 @@ pub const RUNS: &[Run] = &[
     },
 ];
 
+/// The cases of `node-tests` without `--long`, as it filters them: jobs over nodes that are namespaces of this machine.
+pub const NODE_CASES: &[&str] = &["^bare"];
+
 /// What is not said of a run.
 const RUN: Run = Run {
     name: "",

@@ -17,6 +17,9 @@ use crate::{clean, criu};
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(90);
 
+/// What is there to be found is there at once.
+const NOTICE: Duration = Duration::from_millis(300);
+
 /// Ids of restored processes begin here, beyond those of the tools.
 const FIRST_ID: u32 = 5000;
 
@@ -154,7 +157,7 @@ fn leftovers(context: &Context<'_>) -> Result<String> {
     ] {
         second.shell(make)?;
         ensure!(
-            clean::check(&cluster, &[]).is_err(),
+            clean::check_within(&cluster, &[], NOTICE).is_err(),
             "`{make}` is not found"
         );
         ensure!(
@@ -202,6 +205,7 @@ fn job(count: u8, context: &Context<'_>) -> Result<String> {
     let mut runner = start(&cluster, context, &job)?;
     let trees = job.trees(&cluster)?;
     ensure!(trees.len() == usize::from(count), "{} trees", trees.len());
+    job.nothing_else(&cluster)?;
     job.tell_to_finish()?;
     runner.wait_for_success(context.deadline)?;
     let rounds = job.account(&runner.output()?)?;

@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, ensure};
 use reverbs_tests::report::{Place, Test};
 use reverbs_tests::setup::Deadline;
 
-use crate::bare;
 use crate::cluster::{Cluster, Identity};
+use crate::{bare, faults, saved};
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -92,11 +92,18 @@ pub struct Case {
 #[derive(Debug)]
 pub enum Action {
     Bare(bare::Bare),
+    /// A job below `reverbs run`.
+    Saved(&'static saved::Saved),
+    /// The same while something breaks.
+    Broken(faults::Broken),
 }
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    bare::cases()
+    let mut cases = bare::cases();
+    cases.extend(saved::cases());
+    cases.extend(faults::cases());
+    cases
 }
 
 /// A case with the settings of the run.
@@ -128,6 +135,8 @@ impl Test for Prepared<'_> {
         };
         match &self.case.action {
             Action::Bare(bare) => bare::run(*bare, &context),
+            Action::Saved(saved) => saved::run(saved, &context),
+            Action::Broken(broken) => faults::run(broken, &context),
         }
     }
 }

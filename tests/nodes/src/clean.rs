@@ -10,7 +10,6 @@ use serde_json::Value;
 
 use crate::cluster::Cluster;
 use crate::node::{INTERFACE, Node};
-use crate::processes::Process;
 
 /// How long a process may take to end that has nothing more to do.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -26,8 +25,16 @@ const EMPTY_TABLES: [&str; 1] = ["filter"];
 /// # Errors
 /// When there is; the error names it.
 pub fn check(cluster: &Cluster, images: &[PathBuf]) -> Result<()> {
+    check_within(cluster, images, LIMIT)
+}
+
+/// The same where somebody has to notice first that there is nothing more to do.
+///
+/// # Errors
+/// When something stays.
+pub fn check_within(cluster: &Cluster, images: &[PathBuf], limit: Duration) -> Result<()> {
     for node in cluster.nodes() {
-        no_process(node)?;
+        no_process(node, limit)?;
         no_rule(node)?;
         no_device(node)?;
     }
@@ -39,15 +46,14 @@ pub fn check(cluster: &Cluster, images: &[PathBuf]) -> Result<()> {
 
 /// # Errors
 /// When the node has processes that do not end.
-pub fn no_process(node: &Node) -> Result<()> {
-    let deadline = Deadline::after(LIMIT);
+pub fn no_process(node: &Node, limit: Duration) -> Result<()> {
+    let deadline = Deadline::after(limit);
     loop {
         let left = node.processes();
         if left.is_empty() {
             return Ok(());
         }
-        // Nobody who is stopped ends.
-        if deadline.passed() || left.iter().any(Process::is_stopped) {
+        if deadline.passed() {
             bail!("left on {}: {left:?}", node.name());
         }
         std::thread::sleep(PAUSE);

@@ -195,6 +195,26 @@ impl Job {
         }
         Ok(trees)
     }
+
+    /// While the job runs, nobody else does: no remote shell, no daemon. What it was started by is on the first node.
+    ///
+    /// # Errors
+    /// When somebody does.
+    pub fn nothing_else(&self, cluster: &Cluster) -> Result<()> {
+        for (node, tree) in cluster.nodes().iter().zip(self.trees(cluster)?) {
+            let mut others = node.processes();
+            others.retain(|process| {
+                process.pid != tree.root.pid
+                    && tree.ranks.iter().all(|rank| rank.pid != process.pid)
+            });
+            if tree.root.name == "mpirun" {
+                // `reverbs run`, or `reverbs restart` and who empties the pipes of the job.
+                others.retain(|process| process.pid != tree.root.parent && process.name != "cat");
+            }
+            ensure!(others.is_empty(), "{} has besides: {others:?}", node.name());
+        }
+        Ok(())
+    }
 }
 
 /// What a job has on one node.

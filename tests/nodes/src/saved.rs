@@ -1,0 +1,179 @@
+//! Jobs over several nodes below `reverbs run`: started, saved, and brought back.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::case::{Action, Case, Context};
+use crate::cluster::{Cluster, Identity, others, usual};
+use crate::job::RANKS;
+use crate::launched::Launched;
+
+/// The time limit of each of these cases.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A job over as many nodes.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved {
+    name: &'static str,
+    nodes: u8,
+    how: How,
+}
+
+/// What is done to it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum How {
+    /// Nothing: each node has the processes it should have, and no others.
+    Runs,
+    /// It is saved while it runs on.
+    RunsOn,
+    /// It is asked for its state, cycled, and resumed.
+    Commands,
+    /// It is stopped, and restarted on the same nodes.
+    SameNodes,
+    /// On nodes with the same names and addresses that have just been switched on.
+    FreshNodes,
+    /// On nodes with other names and addresses.
+    OtherNodes,
+    /// On the same nodes but one.
+    ReplacedNode,
+    /// On other nodes, saved again, and back on fresh ones of the first names.
+    ThereAndBack,
+    /// From an image under which it had run on, after the processes of one node had died.
+    AfterDeath,
+}
+
+const SAVED: &[Saved] = &[
+    saved("run-2", 2, How::Runs),
+    saved("run-3", 3, How::Runs),
+    saved("run-8", 8, How::Runs),
+    saved("checkpoint-runs-on-2", 2, How::RunsOn),
+    saved("checkpoint-runs-on-3", 3, How::RunsOn),
+    saved("checkpoint-runs-on-8", 8, How::RunsOn),
+    saved("commands-2", 2, How::Commands),
+    saved("commands-3", 3, How::Commands),
+    saved("restart-same-2", 2, How::SameNodes),
+    saved("restart-same-3", 3, How::SameNodes),
+    saved("restart-same-8", 8, How::SameNodes),
+    saved("restart-fresh-2", 2, How::FreshNodes),
+    saved("restart-fresh-3", 3, How::FreshNodes),
+    saved("restart-fresh-8", 8, How::FreshNodes),
+    saved("restart-others-2", 2, How::OtherNodes),
+    saved("restart-others-3", 3, How::OtherNodes),
+    saved("restart-others-8", 8, How::OtherNodes),
+    saved("restart-replaced-3", 3, How::ReplacedNode),
+    saved("restart-there-and-back-2", 2, How::ThereAndBack),
+    saved("restart-after-death-3", 3, How::AfterDeath),
+];
+
+const fn saved(name: &'static str, nodes: u8, how: How) -> Saved {
+    Saved { name, nodes, how }
+}
+
+/// The cases of this module.
+pub fn cases() -> Vec<Case> {
+    SAVED
+        .iter()
+        .map(|saved| Case {
+            name: saved.name.to_owned(),
+            needs_reverbs: true,
+            limit: LIMIT,
+            action: Action::Saved(saved),
+        })
+        .collect()
+}
+
+/// Runs a case. The remark is what the job has checked.
+///
+/// # Errors
+/// When a command fails, the job finds anything wrong, or something is left.
+pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
+    let own = usual(saved.nodes);
+    let mut cluster = context.cluster(&own)?;
+    let mut job = Launched::start(context, &cluster)?;
+    match saved.how {
+        How::Runs => job.job().nothing_else(&cluster)?,
+        How::RunsOn => {
+            let first = job.checkpoint(&cluster)?;
+            let second = job.checkpoint(&cluster)?;
+            ensure!(first != second, "one image for two checkpoints");
+        }
+        How::Commands => commands(&cluster, &mut job)?,
+        How::SameNodes => {
+            let image = job.checkpoint_and_stop(&cluster)?;
+            job.restart(&cluster, &image, &[])?;
+        }
+        How::FreshNodes => {
+            let image = job.checkpoint_and_stop(&cluster)?;
+            cluster.power_off_all()?;
+            cluster.boot(&own)?;
+            job.restart(&cluster, &image, &[])?;
+        }
+        How::OtherNodes => {
+            let image = job.checkpoint_and_stop(&cluster)?;
+            replace(&mut cluster, &others(saved.nodes))?;
+            job.restart(&cluster, &image, &moves(&own, &others(saved.nodes)))?;
+        }
+        How::ReplacedNode => {
+            let image = job.checkpoint_and_stop(&cluster)?;
+            let (Some(old), Some(new)) = (own.last(), others(saved.nodes).pop()) else {
+                anyhow::bail!("no nodes");
+            };
+            cluster.power_off(&old.name)?;
+            cluster.boot(std::slice::from_ref(&new))?;
+            job.restart(&cluster, &image, &[(old.name.clone(), new.name)])?;
+        }
+        How::ThereAndBack => {
+            let there = others(saved.nodes);
+            let image = job.checkpoint_and_stop(&cluster)?;
+            replace(&mut cluster, &there)?;
+            job.restart(&cluster, &image, &moves(&own, &there))?;
+            let image = job.checkpoint_and_stop(&cluster)?;
+            replace(&mut cluster, &own)?;
+            job.restart(&cluster, &image, &[])?;
+        }
+        How::AfterDeath => {
+            let image = job.checkpoint(&cluster)?;
+            let dying = cluster.node(&own[own.len() - 1].name)?;
+            let killed = dying.signal(rustix::process::Signal::KILL, |_| true);
+            ensure!(killed == 1 + RANKS, "{killed} processes killed");
+            job.wait_for_failure()?;
+            replace(&mut cluster, &others(saved.nodes))?;
+            job.restart(&cluster, &image, &moves(&own, &others(saved.nodes)))?;
+        }
+    }
+    let rounds = job.finish(&cluster)?;
+    Ok(format!("{rounds} rounds"))
+}
+
+fn commands(cluster: &Cluster, job: &mut Launched<'_>) -> Result<()> {
+    let before = job.job().trees(cluster)?;
+    let status = job.run(cluster, "status", &["--json"])?;
+    let _: serde_json::Value = serde_json::from_str(&status)?;
+    job.run(cluster, "cycle", &["--count", "3", "--every", "50"])?;
+    job.wait_for_progress()?;
+    job.run(cluster, "resume", &[])?;
+    job.wait_for_progress()?;
+    let after = job.job().trees(cluster)?;
+    ensure!(
+        before
+            .iter()
+            .zip(&after)
+            .all(|(before, after)| before.root.pid == after.root.pid),
+        "{before:?} have become {after:?}"
+    );
+    Ok(())
+}
+
+/// All nodes off, these on.
+fn replace(cluster: &mut Cluster, fresh: &[Identity]) -> Result<()> {
+    cluster.power_off_all()?;
+    cluster.boot(fresh)
+}
+
+fn moves(from: &[Identity], to: &[Identity]) -> Vec<(String, String)> {
+    let names = |nodes: &[Identity]| -> Vec<String> {
+        nodes.iter().map(|node| node.name.clone()).collect()
+    };
+    names(from).into_iter().zip(names(to)).collect()
+}
