@@ -3,16 +3,20 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use serde::Serialize;
 
 use super::cli::InspectOptions;
 use super::progress::{bytes, count};
 use super::status::describe;
-use reverbs::image::{Image, Manifest};
+use reverbs::image::{Image, JobImage, JobManifest, Manifest};
 
 /// # Errors
 /// It is no image of this version and this user, or it is damaged.
 #[expect(clippy::print_stdout)]
 pub(crate) fn inspect(options: &InspectOptions) -> Result<ExitCode> {
+    if JobImage::is_at(&options.image) {
+        return inspect_job(options);
+    }
     let image = Image::open(&options.image)?;
     if !options.trust {
         image.verify()?;
@@ -21,6 +25,51 @@ pub(crate) fn inspect(options: &InspectOptions) -> Result<ExitCode> {
         println!("{}", serde_json::to_string_pretty(&image.manifest)?);
     } else {
         print!("{}", summary(&image.manifest));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A job, and what each of its nodes has.
+#[derive(Serialize)]
+struct WholeJob {
+    job: JobManifest,
+    /// In the order of the job's nodes.
+    parts: Vec<Manifest>,
+}
+
+#[expect(clippy::print_stdout)]
+fn inspect_job(options: &InspectOptions) -> Result<ExitCode> {
+    let job = JobImage::open(&options.image)?;
+    let mut parts = Vec::new();
+    for node in &job.manifest.nodes {
+        let part = Image::open(&job.node_folder(node))?;
+        if !options.trust {
+            part.verify()?;
+        }
+        parts.push(part.manifest);
+    }
+    let whole = WholeJob {
+        job: job.manifest,
+        parts,
+    };
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&whole)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let size = whole.job.nodes.iter().map(|node| node.bytes).sum();
+    println!(
+        "{}, {}, {}",
+        count(whole.job.nodes.len(), "node", "nodes"),
+        bytes(size),
+        if whole.job.stopped {
+            "stopped"
+        } else {
+            "ran on"
+        }
+    );
+    for (node, part) in whole.job.nodes.iter().zip(&whole.parts) {
+        println!("\nnode {}", node.name);
+        print!("{}", summary(part));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -71,6 +71,10 @@ impl ProcessTree {
         }
     }
 
+    pub(crate) fn root(&self) -> i32 {
+        self.members.first().map_or(0, |root| root.pid)
+    }
+
     pub(crate) fn pids(&self) -> Vec<i32> {
         self.members.iter().map(|member| member.pid).collect()
     }

@@ -18,26 +18,53 @@ const MARK: &str = "-m mark ! --mark 0xc114";
 
 /// Lets go of the connections of these processes. What cannot be undone is said in the log.
 pub(crate) fn release(root: i32, processes: &[i32]) {
-    let connections = connections(root, processes);
-    // One that cannot be found is that of nobody any more.
-    let namespace = Namespace::of(root).unwrap_or_default();
-    if connections.is_empty() {
-        return;
+    let held = HeldConnections::of(root, processes);
+    held.remove_rules();
+    for pid in processes {
+        end_repairs(*pid, &held.connections);
     }
+}
+
+/// Connections of which CRIU has taken hold. A dump that ends the processes leaves its rules for the restore, which may be
+/// on another host, or never.
+#[derive(Debug)]
+pub(crate) struct HeldConnections {
+    root: i32,
+    namespace: Namespace,
+    connections: Vec<TcpNetEntry>,
+}
+
+impl HeldConnections {
+    /// While the processes are there.
+    pub(crate) fn of(root: i32, processes: &[i32]) -> Self {
+        Self {
+            root,
+            // One that cannot be found is that of nobody any more.
+            namespace: Namespace::of(root).unwrap_or_default(),
+            connections: connections(root, processes),
+        }
+    }
+
+    /// Removes CRIU's rules about them.
+    pub(crate) fn remove_rules(&self) {
+        if !self.connections.is_empty() {
+            remove_rules(self.root, &self.namespace, &self.connections);
+        }
+    }
+}
+
+fn remove_rules(root: i32, namespace: &Namespace, connections: &[TcpNetEntry]) {
     for firewall in ["iptables", "ip6tables"] {
-        for rule in rules(&namespace, firewall) {
+        for rule in rules(namespace, firewall) {
             if connections.iter().any(|one| is_about(&rule, one)) {
                 let deleted = rule.replacen("-A ", "-D ", 1);
-                run(&namespace, firewall, deleted.split_whitespace());
+                run(namespace, firewall, deleted.split_whitespace());
             }
         }
     }
     // Younger releases of CRIU have a table of their own instead.
     let table = format!("delete table inet CRIU-{root}");
-    run(&namespace, "nft", table.split_whitespace());
-    for pid in processes {
-        end_repairs(*pid, &connections);
-    }
+    run(namespace, "nft", table.split_whitespace());
 }
 
 fn connections(root: i32, processes: &[i32]) -> Vec<TcpNetEntry> {

@@ -17,6 +17,7 @@ use super::part::examine;
 use crate::command::criu::{Criu, Dump, WorkFolder};
 use crate::command::files::{Volatility, carry, record, survey};
 use crate::command::job::ProcessTree;
+use crate::command::network::tcp_lock::HeldConnections;
 use crate::command::network::{self, Namespace, Tables};
 use crate::command::preflight;
 
@@ -75,6 +76,7 @@ impl Findings {
 #[derive(Debug)]
 pub(super) struct Saving {
     tree: ProcessTree,
+    connections: HeldConnections,
     stop: bool,
     image: PathBuf,
     part: NewPart,
@@ -132,6 +134,7 @@ impl Saving {
             carried: manifest.carried.len(),
         };
         let saving = Self {
+            connections: HeldConnections::of(tree.root(), &tree.pids()),
             tree,
             stop,
             image: image.to_owned(),
@@ -168,6 +171,7 @@ impl Saving {
         join(criu)?;
         if self.stop && done {
             wait_for_end(&self.tree);
+            self.connections.remove_rules();
         }
         Ok(())
     }

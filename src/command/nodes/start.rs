@@ -149,6 +149,12 @@ impl Starter {
             }
             let values = [component, &agent, "1"].map(str::to_owned);
             variables.extend(names.into_iter().zip(values));
+            // Else the daemon forks once more, and the root of what we have started ends at once.
+            let attached = match component {
+                "rsh" => "OMPI_MCA_orte_leave_session_attached",
+                _ => "PRTE_MCA_prte_leave_session_attached",
+            };
+            variables.push((attached.to_owned(), "1".to_owned()));
         }
         Ok(variables)
     }
@@ -310,7 +316,7 @@ fn spawn(order: &Order) -> Result<Child> {
     let mut command = Command::new("/bin/sh");
     command
         .arg("-c")
-        .arg(&order.command)
+        .arg(without_shell(&order.command))
         .stdin(Stdio::null())
         .stderr(output.try_clone()?)
         .stdout(output);
@@ -331,6 +337,45 @@ fn spawn(order: &Order) -> Result<Child> {
     Ok(child)
 }
 
+/// One plain command needs no shell above it.
+fn without_shell(command: &str) -> String {
+    let mut quote = None;
+    let plain = command.chars().filter(|letter| {
+        let quoted = quote.is_some();
+        match (quote, letter) {
+            (None, '"' | '\'') => quote = Some(*letter),
+            (Some(open), letter) if open == *letter => quote = None,
+            _ => {}
+        }
+        !quoted
+    });
+    let plain: String = plain.collect();
+    let first = plain.split_whitespace().next().unwrap_or_default();
+    match plain.contains(['\n', ';', '&', '|']) || first.contains(['=', '(']) {
+        true => command.to_owned(),
+        false => format!("exec {command}"),
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_shell;
+
+    #[test]
+    fn a_shell_stays_only_where_it_has_more_to_do() {
+        for (asked, done) in [
+            (" orted -mca a \"b(2);c\"", "exec  orted -mca a \"b(2);c\""),
+            (
+                "PATH=/opt/bin:$PATH ; export PATH ; orted",
+                "PATH=/opt/bin:$PATH ; export PATH ; orted",
+            ),
+            ("A=b orted", "A=b orted"),
+        ] {
+            assert_eq!(without_shell(asked), done);
+        }
+    }
 }
