@@ -349,10 +349,12 @@ impl WorkFolder {
 /// line should be.
 fn first_error(log: &str) -> Option<String> {
     const LONGEST: usize = 160;
+    // Said by every CRIU that may not raise its own limits, and no cause of anything.
+    const HARMLESS: &str = "rlimit: Can't setup RLIMIT_NOFILE";
     let text = log.lines().find_map(|line| {
         let (_, error) = line.split_once("Error (")?;
         let (_, text) = error.split_once("): ")?;
-        Some(text.trim())
+        Some(text.trim()).filter(|text| !text.starts_with(HARMLESS))
     })?;
     match text.char_indices().nth(LONGEST) {
         Some((end, _)) => Some(format!("{}...", &text[..end])),
@@ -367,6 +369,7 @@ mod tests {
     #[test]
     fn the_first_error_is_quoted_without_noise() {
         let log = "(00.012) Dumping\n\
+            (00.012) Error (criu/rlimit.c:1): rlimit: Can't setup RLIMIT_NOFILE for self: no\n\
             (00.013)     13: Error (criu/tty.c:100): tty: Don't have tty to inherit session from\n\
             (00.014) Error (criu/cr-dump.c:1780): Dumping FAILED.\n";
         assert_eq!(

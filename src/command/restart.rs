@@ -151,7 +151,6 @@ fn bring_back(
     let began = Instant::now();
     let opened = Opened::of(job.all(NodeRequest::Open {
         parts: plan.nodes.iter().map(|node| node.part.clone()).collect(),
-        job: plan.job.clone(),
         files: options.files,
     })?);
     progress.phase(

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use super::cli::ResumeOptions;
 use super::interrupt::Interrupt;
@@ -29,7 +29,8 @@ pub(crate) fn resume(options: &ResumeOptions, quiet: bool) -> Result<ExitCode> {
     );
     let found = driver.attach_abandoned()?;
     if found == 0 {
-        bail!("no process of the job runs under reverbs: there is nothing to resume");
+        progress.note("no process of the job uses RDMA: there was nothing to resume");
+        return Ok(ExitCode::SUCCESS);
     }
     driver.bring_back()?;
     progress.note(&format!("{} running", count(found, "process", "processes")));

@@ -21,9 +21,24 @@ pub(crate) struct JobLock {
 }
 
 impl JobLock {
+    /// As [`JobLock::take`], but waits a while for one that is letting go: the part of a command whose first node is gone.
+    ///
+    /// # Errors
+    /// It is still held then.
+    pub(crate) fn take_within(limit: Duration, runtime_dir: &Path, root: i32) -> Result<Self> {
+        const LOOK: Duration = Duration::from_millis(100);
+        let began = Instant::now();
+        loop {
+            match Self::take(runtime_dir, root) {
+                Err(_) if began.elapsed() < limit => std::thread::sleep(LOOK),
+                taken => return taken,
+            }
+        }
+    }
+
     /// # Errors
     /// Another command holds it: its process id is named.
-    pub(crate) fn take(runtime_dir: &Path, root: i32) -> Result<Self> {
+    fn take(runtime_dir: &Path, root: i32) -> Result<Self> {
         let path = runtime_dir.join(format!("job-{root}.lock"));
         let began = Instant::now();
         loop {

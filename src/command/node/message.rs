@@ -63,7 +63,6 @@ pub(crate) enum NodeRequest {
     /// Checks an image and whether it can be restored here: [`NodeReply::Opened`]. Nothing is changed.
     Open {
         parts: Vec<ImagePart>,
-        job: Option<String>,
         files: FilePolicy,
     },
     /// The processes will live in a network of their own.

@@ -1,6 +1,7 @@
 //! The part of a job on one node, and what is asked of it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use procfs::process::Process;
@@ -13,6 +14,9 @@ use super::save::{Findings, Saving};
 use crate::command::job::{JobLock, NodeId, ProcessTree, SocketAgents};
 use crate::command::network::tcp_lock;
 use crate::command::preflight;
+
+/// How long a node may take to notice that the first one is gone.
+const LETTING_GO: Duration = Duration::from_secs(30);
 
 /// Names the job in the environment of all its processes.
 pub(crate) const JOB_VARIABLE: &str = "REVERBS_JOB";
@@ -62,11 +66,12 @@ impl Part {
                 job,
                 driving,
             } => self.attach(roots, job.as_deref(), *driving)?,
-            NodeRequest::Open { parts, job, files } => {
+            NodeRequest::Open { parts, files } => {
                 let index = usize::try_from(self.node.0)?;
                 let part = parts.get(index).context("the image has no such part")?;
-                let restoring =
-                    Restoring::open(part, job.as_deref(), *files, &self.runtime_folder)?;
+                let lock = |root| self.lock(root);
+                let several = parts.len() > 1;
+                let restoring = Restoring::open(part, several, *files, &self.runtime_folder, lock)?;
                 let opened = restoring.facts();
                 self.restoring = Some(restoring);
                 return Ok(opened);
@@ -82,6 +87,15 @@ impl Part {
             _ => return self.attached()?.handle(request),
         }
         Ok(NodeReply::Done)
+    }
+
+    /// The first node has the lock of the whole job. On the others a command that was killed there may not be noticed yet.
+    fn lock(&self, root: i32) -> Result<JobLock> {
+        let patience = match self.node {
+            NodeId::FIRST => Duration::ZERO,
+            _ => LETTING_GO,
+        };
+        JobLock::take_within(patience, &self.runtime_folder, root)
     }
 
     fn attached(&mut self) -> Result<&mut Attached> {
@@ -107,7 +121,7 @@ impl Part {
             findings: None,
             saving: None,
             _lock: match driving {
-                true => Some(JobLock::take(&self.runtime_folder, root)?),
+                true => Some(self.lock(root)?),
                 false => None,
             },
         });

@@ -58,9 +58,10 @@ impl Restoring {
     /// It is damaged, or something is in its way: named with the remedy.
     pub(super) fn open(
         part: &ImagePart,
-        job: Option<&str>,
+        several_nodes: bool,
         files: FilePolicy,
         runtime_folder: &Path,
+        lock: impl FnOnce(i32) -> Result<JobLock>,
     ) -> Result<Self> {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
         let image = Image::open(&part.folder)?;
@@ -73,10 +74,10 @@ impl Restoring {
                 manifest.runtime_folder.display()
             );
         }
-        let lock = JobLock::take(runtime_folder, manifest.root)?;
+        let lock = lock(manifest.root)?;
         refuse_half_restored(manifest, runtime_folder)?;
         wait_for_ids(&manifest.ids())?;
-        requirements::check(manifest, job.is_some())?;
+        requirements::check(manifest, several_nodes)?;
         Ok(Self {
             label: part.label.clone(),
             files,

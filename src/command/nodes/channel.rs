@@ -23,7 +23,7 @@ use reverbs::control::socket::{Incoming, send_frame};
 use crate::command::secret::Secret;
 
 /// How long the other end may say nothing.
-pub(super) const SILENCE: Duration = Duration::from_secs(30);
+pub(super) const SILENCE: Duration = Duration::from_secs(20);
 const BEAT: Duration = Duration::from_secs(2);
 const MAC_BYTES: usize = 32;
 

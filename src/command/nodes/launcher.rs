@@ -35,7 +35,7 @@ impl Launcher {
                 is_step: true,
             },
             None => Self {
-                words: words("ssh -o BatchMode=yes"),
+                words: words("ssh -o BatchMode=yes -o ConnectTimeout=15"),
                 is_step: false,
             },
         }
