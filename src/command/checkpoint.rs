@@ -21,6 +21,15 @@ use super::progress::{Progress, bytes, count};
 /// No image was made, or the job could not be stopped; the job runs on.
 #[expect(clippy::print_stdout)]
 pub(crate) fn checkpoint(options: &CheckpointOptions, quiet: bool) -> Result<ExitCode> {
+    println!("{}", save(options, quiet)?.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Gives the path of the image.
+///
+/// # Errors
+/// As [`checkpoint`].
+pub(crate) fn save(options: &CheckpointOptions, quiet: bool) -> Result<PathBuf> {
     // Whatever is made from here on holds memory of the job.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let root = root_of(options.pid)?;
@@ -35,8 +44,7 @@ pub(crate) fn checkpoint(options: &CheckpointOptions, quiet: bool) -> Result<Exi
     };
     let mut progress = Progress::new(quiet);
     checkpoint.take(&mut job, &mut progress, &interrupt)?;
-    println!("{}", checkpoint.image.path().display());
-    Ok(ExitCode::SUCCESS)
+    Ok(checkpoint.image.path().to_owned())
 }
 
 /// Where asked; else where `reverbs run --images` said; else here.

@@ -69,6 +69,12 @@ pub(crate) struct RunOptions {
     #[command(flatten)]
     pub(crate) remote: RemoteShell,
 
+    /// For a batch script of Slurm: on SIGTERM, which `#SBATCH --signal=B:TERM@SECONDS` sends before the time limit, save the
+    /// job into --images, end it and put it back into the queue. Where a complete image is in --images, go on from the newest
+    /// instead of starting COMMAND.
+    #[arg(long)]
+    pub(crate) requeue: bool,
+
     /// Write the job's process id to FILE.
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
@@ -225,7 +231,7 @@ pub(crate) struct Outside {
     pub(crate) allowed: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct RemoteShell {
     /// What reaches other nodes, called like ssh with a host and a command. Otherwise $REVERBS_RSH; else srun inside a Slurm
     /// allocation; else ssh.

@@ -15,6 +15,7 @@ mod node;
 mod nodes;
 mod preflight;
 mod progress;
+mod requeue;
 mod restart;
 mod resume;
 mod run;

@@ -21,6 +21,46 @@ use super::secret::Secret;
 /// The image is refused, or the job could not be brought back. The image stays as it is.
 #[expect(clippy::print_stdout)]
 pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode> {
+    let mut restarted = restart_job(options, quiet)?;
+    println!("{}", restarted.root());
+    if options.wait {
+        return restarted.wait();
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A job that runs again.
+#[derive(Debug)]
+pub(crate) struct Restarted {
+    job: Ensemble,
+    plan: Plan,
+}
+
+impl Restarted {
+    /// Root of its process tree on this node.
+    pub(crate) fn root(&self) -> i32 {
+        self.plan.root
+    }
+
+    /// Waits for it. Gives its exit status.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub(crate) fn wait(&mut self) -> Result<ExitCode> {
+        let status = self.job.own_part().wait_for_root()?;
+        if self.plan.launcher.is_step {
+            // Ending before that, the steps would take along what is left on their nodes.
+            self.job.tell(NodeRequest::AwaitEnd);
+        }
+        Ok(ExitCode::from(status))
+    }
+}
+
+/// Brings a job back, and leaves it running.
+///
+/// # Errors
+/// As [`restart`].
+pub(crate) fn restart_job(options: &RestartOptions, quiet: bool) -> Result<Restarted> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let mut progress = Progress::new(quiet);
     let plan = Plan::of(options)?;
@@ -37,16 +77,7 @@ pub(crate) fn restart(options: &RestartOptions, quiet: bool) -> Result<ExitCode>
         job.tell(NodeRequest::Kill);
         return Err(error.context("the job was not restarted; the image is as it was"));
     }
-    println!("{}", plan.root);
-    if options.wait {
-        let status = job.own_part().wait_for_root()?;
-        if plan.launcher.is_step {
-            // Ending before that, the step would take them along.
-            job.tell(NodeRequest::AwaitEnd);
-        }
-        return Ok(ExitCode::from(status));
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(Restarted { job, plan })
 }
 
 /// What is restored where.

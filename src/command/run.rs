@@ -15,6 +15,7 @@ use super::cli::RunOptions;
 use super::job::new_session;
 use super::nodes::Launcher;
 use super::nodes::start::Starter;
+use super::requeue::Requeue;
 
 /// Tells `reverbs checkpoint` where the images of this job go.
 pub(crate) const IMAGES_VARIABLE: &str = "REVERBS_IMAGES";
@@ -22,6 +23,15 @@ pub(crate) const IMAGES_VARIABLE: &str = "REVERBS_IMAGES";
 /// # Errors
 /// The provider is not installed, or the command cannot be started.
 pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
+    let requeue = match options.requeue {
+        true => Some(Requeue::of(options, quiet)?),
+        false => None,
+    };
+    if let Some(requeue) = &requeue
+        && let Some(image) = requeue.newest()
+    {
+        return requeue.go_on(&image, options);
+    }
     let environment = environment(options)?;
     let starter = Starter::listen(
         Launcher::find(options.remote.program.as_deref()),
@@ -70,9 +80,13 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
         eprintln!("reverbs: job {root}");
     }
     let forwarding = signals.handle();
+    let at_limit = requeue.clone();
     std::thread::spawn(move || {
         for signal in signals.forever() {
-            forward(root, signal);
+            match &at_limit {
+                Some(requeue) if signal == SIGTERM => requeue.on_signal(root),
+                _ => forward(root, signal),
+            }
         }
     });
     let status = child.wait()?;
@@ -81,7 +95,8 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
         // A copier that panicked has lost output, not the job's result.
         let _ = copier.join();
     }
-    Ok(exit_code(status))
+    let status = exit_code(status);
+    Ok(requeue.map_or(status, |requeue| requeue.outcome(status)))
 }
 
 /// What the job gets from us on every node.
