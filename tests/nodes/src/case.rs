@@ -8,7 +8,7 @@ use reverbs_tests::report::{Place, Test};
 use reverbs_tests::setup::Deadline;
 
 use crate::cluster::{Cluster, Identity};
-use crate::{bare, faults, saved};
+use crate::{bare, debian, faults, saved, slurm_cases};
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -66,11 +66,13 @@ impl Context<'_> {
     pub fn cluster(&self, identities: &[Identity]) -> Result<Cluster> {
         let setup = self.setup;
         let program = std::env::current_exe()?;
-        let mut bound = vec![setup.programs.clone(), setup.output.clone()];
+        let mut bound = vec![
+            setup.programs.clone(),
+            setup.output.clone(),
+            debian::folder()?,
+        ];
         bound.extend(setup.stage.clone());
-        for file in [&setup.criu, &program] {
-            bound.extend(file.parent().map(PathBuf::from));
-        }
+        bound.extend(program.parent().map(PathBuf::from));
         let mut cluster = Cluster::new(&self.folder, &setup.criu, &bound)?;
         cluster.boot(identities)?;
         Ok(cluster)
@@ -88,6 +90,12 @@ pub struct Case {
     pub action: Action,
 }
 
+impl Case {
+    pub fn needs_slurm(&self) -> bool {
+        matches!(self.action, Action::Batch(_))
+    }
+}
+
 /// What a case runs.
 #[derive(Debug)]
 pub enum Action {
@@ -96,12 +104,15 @@ pub enum Action {
     Saved(&'static saved::Saved),
     /// The same while something breaks.
     Broken(faults::Broken),
+    /// A job of Slurm's.
+    Batch(slurm_cases::Batch),
 }
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
     let mut cases = bare::cases();
     cases.extend(saved::cases());
+    cases.extend(slurm_cases::cases());
     cases.extend(faults::cases());
     cases
 }
@@ -137,6 +148,7 @@ impl Test for Prepared<'_> {
             Action::Bare(bare) => bare::run(*bare, &context),
             Action::Saved(saved) => saved::run(saved, &context),
             Action::Broken(broken) => faults::run(broken, &context),
+            Action::Batch(batch) => slurm_cases::run(*batch, &context),
         }
     }
 }

@@ -164,6 +164,7 @@ impl Cluster {
             address: *address,
             port,
             init,
+            daemons: &[],
             runner,
         };
         self.plug_in(&node)?;
@@ -219,6 +220,13 @@ impl Cluster {
             self.power_off(&node.name.clone())?;
         }
         Ok(())
+    }
+
+    /// Daemons with these names belong to the nodes.
+    pub fn expect(&mut self, daemons: &'static [&'static str]) {
+        for node in &mut self.nodes {
+            node.daemons = daemons;
+        }
     }
 
     /// Pulls the cable out of a node.

@@ -9,7 +9,7 @@ use clap::Parser;
 use reverbs_tests::{programs, report};
 
 use crate::case::{self, Prepared, Setup};
-use crate::{criu, enclosure, node_init, remote};
+use crate::{criu, enclosure, node_init, remote, slurm};
 
 /// Run jobs over several nodes that are namespaces of this machine; needs root, changes nothing.
 #[derive(Debug, Parser)]
@@ -72,8 +72,11 @@ pub fn run() -> Result<ExitCode> {
     if cases.is_empty() {
         bail!("no case has such a name; --list shows them");
     }
-    // Inside there is no network to fetch it.
+    // Inside there is no network to fetch them.
     let criu = criu::get()?;
+    if cases.iter().any(|case| case.needs_slurm()) {
+        slurm::get()?;
+    }
     if !enclosure::is_inside() {
         drop(out);
         return enclosure::enter();

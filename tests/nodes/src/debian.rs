@@ -10,10 +10,18 @@ use xtask::{command, paths, setup};
 /// Where packages come from.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Suite {
-    /// The machine's own, with what else of it is not installed.
+    /// The machine's own, with what else they need and is not installed.
     Own,
     /// Debian's newest, with all that they need.
     Unstable,
+}
+
+/// Where all sets are.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn folder() -> Result<PathBuf> {
+    paths::make(paths::target()?.join("packages"))
 }
 
 /// The folder of the unpacked packages, which is made when it is not there yet. `name` is that of the set.
@@ -21,7 +29,7 @@ pub enum Suite {
 /// # Errors
 /// When they cannot be found, fetched or unpacked.
 pub fn get(name: &str, suite: Suite, packages: &[&str]) -> Result<PathBuf> {
-    let sets = paths::make(paths::target()?.join("packages"))?;
+    let sets = folder()?;
     let folder = sets.join(name);
     if folder.exists() {
         return Ok(folder);
@@ -32,6 +40,11 @@ pub fn get(name: &str, suite: Suite, packages: &[&str]) -> Result<PathBuf> {
     let unpacked = scratch.path().join("unpacked");
     fs::create_dir(&unpacked)?;
     let archives = download(scratch.path(), suite, packages)
+        .or_else(|_| {
+            // A list that names a version the archive no longer has.
+            setup::update_lists()?;
+            download(scratch.path(), suite, packages)
+        })
         .with_context(|| format!("cannot fetch {}", packages.join(" ")))?;
     for archive in archives {
         command::run(
@@ -86,7 +99,7 @@ fn download(scratch: &Path, suite: Suite, packages: &[&str]) -> Result<Vec<PathB
     if suite == Suite::Unstable {
         apt_get(&["update"])?;
     }
-    let install = [&["install", "--download-only"], packages].concat();
+    let install = [&["install", "--download-only", "--reinstall"], packages].concat();
     apt_get(&install)?;
     let mut found = Vec::new();
     for entry in fs::read_dir(&archives)? {

@@ -13,7 +13,7 @@ use reverbs_tests::setup::Deadline;
 use crate::case::Context;
 use crate::cluster::Cluster;
 use crate::node::INTERFACE;
-use crate::processes::Process;
+use crate::processes::{self, Process};
 
 /// Ranks of each node.
 pub const RANKS: usize = 2;
@@ -208,8 +208,9 @@ impl Job {
                     && tree.ranks.iter().all(|rank| rank.pid != process.pid)
             });
             if tree.root.name == "mpirun" {
-                // `reverbs run`, or `reverbs restart` and who empties the pipes of the job.
-                others.retain(|process| process.pid != tree.root.parent && process.name != "cat");
+                // Also who empties the pipes of a job that was brought back.
+                let above = processes::ancestors(&tree.root);
+                others.retain(|process| !above.contains(&process.pid) && process.name != "cat");
             }
             ensure!(others.is_empty(), "{} has besides: {others:?}", node.name());
         }

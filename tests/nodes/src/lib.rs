@@ -20,3 +20,5 @@ pub mod node_init;
 pub mod processes;
 pub mod remote;
 pub mod saved;
+pub mod slurm;
+pub mod slurm_cases;

@@ -24,6 +24,8 @@ pub struct Node {
     pub(crate) port: String,
     /// Its first process, in our eyes.
     pub(crate) init: u32,
+    /// Names of processes that run as long as it does.
+    pub(crate) daemons: &'static [&'static str],
     /// What started it, and ends with it.
     pub(crate) runner: Running,
 }
@@ -95,7 +97,7 @@ impl Node {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Its processes, without the first.
+    /// Its processes, without the first and without daemons.
     pub fn processes(&self) -> Vec<Process> {
         let Some(own) = processes::namespace(self.init) else {
             return Vec::new();
@@ -104,7 +106,7 @@ impl Node {
             .into_iter()
             .filter(|pid| processes::namespace(*pid).as_ref() == Some(&own))
             .filter_map(Process::read)
-            .filter(|process| process.inner != 1)
+            .filter(|process| process.inner != 1 && !self.daemons.contains(&&*process.name))
             .collect()
     }
 

@@ -62,6 +62,17 @@ impl Process {
     }
 }
 
+/// Its parent, the parent of that, and so on.
+pub fn ancestors(process: &Process) -> Vec<u32> {
+    let mut found = Vec::new();
+    let mut parent = process.parent;
+    while parent != 0 {
+        found.push(parent);
+        parent = Process::read(parent).map_or(0, |process| process.parent);
+    }
+    found
+}
+
 /// The namespace in which a process counts processes.
 pub fn namespace(pid: u32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
