@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+use rustix::process::Signal;
 
 use crate::case::Job;
 use crate::hardware::{Numbers, packets_sent};
@@ -230,14 +230,14 @@ impl<'a> Started<'a> {
         let deadline = self.job.deadline.at_most(COMMAND_LIMIT);
         while checkpoint.ended()?.is_none() && !deadline.passed() {
             // Ids of ended processes are free only when their parent took note, and orphans are ours.
-            reap(&pids);
+            tree::reap(&pids);
             std::thread::sleep(PAUSE);
         }
         checkpoint
             .wait_for_success(deadline)
             .context(checkpoint.errors()?)?;
         if options.contains(&"--stop") {
-            reap(&pids);
+            tree::reap(&pids);
             let left: Vec<_> = pids.iter().filter(|pid| exists(**pid)).collect();
             ensure!(left.is_empty(), "the job has ended, but not {left:?}");
         }
@@ -379,7 +379,7 @@ impl<'a> Started<'a> {
         let deadline = self.job.deadline.at_most(END_LIMIT);
         while let Some(pid) = pids.iter().find(|pid| exists(**pid)) {
             ensure!(!deadline.passed(), "process {pid} does not end");
-            reap(pids);
+            tree::reap(pids);
             std::thread::sleep(PAUSE);
         }
         Ok(())
@@ -439,15 +439,4 @@ fn has_device(pid: u32) -> bool {
 
 fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
-}
-
-/// Takes note of the end of those that are our children by now.
-fn reap(pids: &[u32]) {
-    for pid in pids
-        .iter()
-        .filter_map(|pid| Pid::from_raw(pid.cast_signed()))
-    {
-        // Not our child, or not at its end: then it is not for us to do anything.
-        let _ = waitpid(Some(pid), WaitOptions::NOHANG);
-    }
 }

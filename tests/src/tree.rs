@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 
 /// Between two looks at processes that are being ended.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -41,7 +41,7 @@ pub fn descendants(root: u32) -> Vec<u32> {
 pub fn end_all() -> usize {
     let mut ended = 0;
     loop {
-        reap();
+        reap_all();
         let left = descendants(std::process::id());
         if left.is_empty() {
             return ended;
@@ -59,9 +59,20 @@ pub fn end_all() -> usize {
     }
 }
 
+/// Takes note of the end of those that are our children by now.
+pub fn reap(pids: &[u32]) {
+    for pid in pids
+        .iter()
+        .filter_map(|pid| Pid::from_raw(pid.cast_signed()))
+    {
+        // Not our child, or not at its end: then it is not for us to do anything.
+        let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+    }
+}
+
 /// Collects every child that has ended, also those of other process groups (which `waitpid` of
 /// "any" leaves out).
-fn reap() {
+fn reap_all() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
 

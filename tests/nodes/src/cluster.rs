@@ -8,8 +8,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use reverbs_tests::process::Running;
+use reverbs_tests::process::{Running, signal_each};
 use reverbs_tests::setup::Deadline;
+use reverbs_tests::tree;
 use rustix::process::Signal;
 
 use crate::node::{INTERFACE, Node};
@@ -18,9 +19,14 @@ use crate::node_init::UP;
 /// What joins the nodes, in the namespace of the run.
 const BRIDGE: &str = "nodes";
 
+/// All addresses that nodes have.
+const EVERYBODY: &str = "10.0.0.0/8";
+
 const BOOT_LIMIT: Duration = Duration::from_secs(20);
 
 const OFF_LIMIT: Duration = Duration::from_secs(20);
+
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The name and the address of a node.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -155,7 +161,7 @@ impl Cluster {
         let label = format!("{name}-{}", self.started);
         let mut runner = Running::start(command, &self.folder, &label)?;
         runner.wait_for_line(Deadline::after(BOOT_LIMIT), UP)?;
-        let init = *reverbs_tests::tree::descendants(runner.pid())
+        let init = *tree::descendants(runner.pid())
             .first()
             .context("a node without a process")?;
         let port = format!("port{}", self.started);
@@ -180,8 +186,10 @@ impl Cluster {
         let far = ["name", INTERFACE, "address", &hardware, "netns", &init];
         ip(&[&near[..], &far[..]].concat())?;
         ip(&["link", "set", &node.port, "master", BRIDGE, "up"])?;
+        // Whoever has an address of another network can be reached as well.
         node.shell(&format!(
-            "ip link set lo up && ip address add {}/24 dev {INTERFACE} && ip link set {INTERFACE} up",
+            "ip link set lo up && ip address add {}/24 dev {INTERFACE} && \
+             ip link set {INTERFACE} up && ip route add {EVERYBODY} dev {INTERFACE}",
             node.address
         ))
         .map(drop)
@@ -207,8 +215,17 @@ impl Cluster {
             .remove(found.with_context(|| format!("there is no node {name}"))?);
         // First the cable: processes that are killed say goodbye to their peers.
         ip(&["link", "delete", &node.port])?;
-        reverbs_tests::process::signal_each(&[node.init], Signal::KILL);
-        node.runner.wait(Deadline::after(OFF_LIMIT)).map(drop)
+        let pids: Vec<u32> = node.processes().iter().map(|found| found.pid).collect();
+        signal_each(&[node.init], Signal::KILL);
+        let deadline = Deadline::after(OFF_LIMIT);
+        while node.runner.ended()?.is_none() {
+            ensure!(!deadline.passed(), "{name} does not end");
+            // What a command of ours had started in the node is our child once that command has ended, and the node
+            // does not end before somebody has taken note of each of its processes.
+            tree::reap(&pids);
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
     }
 
     /// The same for all.

@@ -98,9 +98,11 @@ impl Job {
     /// # Errors
     /// When the file holds something else.
     pub fn progress(&self) -> Result<u64> {
-        match fs::read_to_string(self.progress_file()) {
-            Ok(text) => text.trim().parse().context(text),
-            Err(_) => Ok(0),
+        // Just made, it is empty.
+        let text = fs::read_to_string(self.progress_file()).unwrap_or_default();
+        match text.trim() {
+            "" => Ok(0),
+            number => number.parse().with_context(|| text.clone()),
         }
     }
 

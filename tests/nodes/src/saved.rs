@@ -130,7 +130,7 @@ pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
             job.restart(&cluster, &image, &moves(&own, &there))?;
             let image = job.checkpoint_and_stop(&cluster)?;
             replace(&mut cluster, &own)?;
-            job.restart(&cluster, &image, &[])?;
+            job.restart(&cluster, &image, &moves(&there, &own))?;
         }
         How::AfterDeath => {
             let image = job.checkpoint(&cluster)?;

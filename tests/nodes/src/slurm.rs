@@ -48,6 +48,8 @@ pub fn get() -> Result<PathBuf> {
 pub struct Slurm {
     /// Its configuration, its logs, and what its commands say.
     folder: PathBuf,
+    /// Where its users are.
+    submit_folder: PathBuf,
     packages: PathBuf,
 }
 
@@ -59,6 +61,7 @@ impl Slurm {
     pub fn start(cluster: &mut Cluster, folder: &Path) -> Result<Self> {
         let slurm = Self {
             folder: folder.join("slurm"),
+            submit_folder: folder.to_owned(),
             packages: get()?,
         };
         fs::create_dir_all(&slurm.folder)?;
@@ -191,7 +194,7 @@ impl Slurm {
     /// # Errors
     /// When it fails.
     pub fn run(&self, cluster: &Cluster, text: &str) -> Result<String> {
-        let mut command = cluster.first()?.command("sh", &self.folder);
+        let mut command = cluster.first()?.command("sh", &self.submit_folder);
         command.args(["-c", text]).env("PATH", self.path());
         let name = text.split(' ').next().unwrap_or_default();
         process::run(command, &self.folder, name, Deadline::after(LIMIT))

@@ -164,14 +164,18 @@ fn submit(
     let job = Job::over(cluster, context)?;
     let script = example(context, cluster, &job)?;
     let output = context.folder.join("batch.out");
-    let options = format!(
-        "{} --ntasks-per-node={RANKS} --chdir '{}' {more}",
-        options(&output),
-        context.folder.display()
-    );
+    let options = format!("{} --ntasks-per-node={RANKS} {more}", options(&output));
     let number = slurm.submit(cluster, &script, &options)?;
-    job.wait_for_progress(context.deadline.at_most(CHANGE), || Ok(()))?;
+    job.wait_for_progress(context.deadline.at_most(CHANGE), || {
+        not_over(cluster, slurm, number)
+    })?;
     Ok((job, number, output))
+}
+
+fn not_over(cluster: &Cluster, slurm: &Slurm, number: u32) -> Result<()> {
+    let job = slurm.job(cluster, number)?;
+    ensure!(!job.is_over(), "it has ended: {job:?}");
+    Ok(())
 }
 
 /// Waits until the job is at work again, and that it has gone on from where it was.
@@ -183,13 +187,14 @@ fn wait_for_restart(
     deadline: Deadline,
 ) -> Result<()> {
     let before = job.progress()?;
-    slurm.wait_for(cluster, number, deadline, |job| {
-        job.state == "RUNNING" && job.restarts == restarts
+    let again = slurm.wait_for(cluster, number, deadline, |job| {
+        job.is_over() || job.state == "RUNNING" && job.restarts == restarts
     })?;
+    ensure!(!again.is_over(), "it has ended: {again:?}");
     job.wait_for_progress(deadline, || {
         let now = job.progress()?;
         ensure!(now >= before, "from round {before} to round {now}");
-        Ok(())
+        not_over(cluster, slurm, number)
     })?;
     job.nothing_else(cluster)
 }
