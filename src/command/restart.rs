@@ -77,6 +77,9 @@ pub(crate) fn restart_job(options: &RestartOptions, quiet: bool) -> Result<Resta
         job.tell(NodeRequest::Kill);
         return Err(error.context("the job was not restarted; the image is as it was"));
     }
+    if !plan.launcher.is_step {
+        job.hang_up();
+    }
     Ok(Restarted { job, plan })
 }
 

@@ -187,6 +187,11 @@ impl Ensemble {
         }
     }
 
+    /// Lets go of the other nodes: nothing of ours is left there.
+    pub(crate) fn hang_up(&mut self) {
+        self.relay.hang_up();
+    }
+
     /// The part on this node.
     pub(crate) fn own_part(&mut self) -> &mut Part {
         self.relay.part()

@@ -138,6 +138,10 @@ impl Relay {
         }
     }
 
+    pub(super) fn hang_up(&mut self) {
+        self.links.clear();
+    }
+
     pub(super) fn part(&mut self) -> &mut Part {
         &mut self.part
     }
