@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod demo;
+pub mod device;
 pub mod fuzz;
 pub mod guest_io;
 pub mod handles;

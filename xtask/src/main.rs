@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
-use xtask::vm::{self, Device, Machine};
+use xtask::device::Device;
+use xtask::vm::{self, Machine};
 use xtask::{demo, fuzz, setup, stage, test};
 
 /// Tasks of the reverbs project.
