@@ -12,6 +12,14 @@ pub struct Device {
     address: String,
 }
 
+impl Device {
+    /// The address, without the length of its prefix.
+    pub fn ip(&self) -> &str {
+        let (ip, _) = self.address.split_once('/').unwrap_or((&self.address, ""));
+        ip
+    }
+}
+
 /// `NAME@ADDRESS/PREFIX`: the RDMA name and the IPv4 address that makes its GID.
 impl FromStr for Device {
     type Err = Error;
@@ -59,6 +67,7 @@ mod tests {
     fn devices_are_read_and_refused() {
         let device: Device = "rdma9@10.99.0.1/24".parse().expect("a device");
         assert_eq!(device.to_string(), "rdma9@10.99.0.1/24");
+        assert_eq!(device.ip(), "10.99.0.1");
         for wrong in [
             "",
             "rxe0",

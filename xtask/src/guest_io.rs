@@ -13,12 +13,15 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context, Result, anyhow};
 use command_fds::{CommandFdExt, FdMapping};
 
-/// The initramfs, then the channels in the order of [`PORTS`], as QEMU finds them.
+/// The initramfs, the channels in the order of [`PORTS`], and the cable, as QEMU finds them.
 const FIRST_FD: usize = 10;
 
 /// The console is the serial line; the others are virtio ports, numbered by their place here
 /// (guest/main.sh knows the numbers).
 const PORTS: [&str; 4] = ["console", "out", "err", "control"];
+
+/// What QEMU calls the cable of a network.
+pub const CABLE: &str = "cable";
 
 /// How much of the console is kept for an error message, in bytes.
 const CONSOLE_KEPT: usize = 4096;
@@ -35,11 +38,16 @@ pub struct Channels {
 }
 
 impl Channels {
-    /// Adds the channels and the initramfs to QEMU's arguments and inherited descriptors.
+    /// Adds the channels, the initramfs, and the cable of a network to QEMU's arguments and
+    /// inherited descriptors.
     ///
     /// # Errors
     /// When the system refuses more descriptors.
-    pub fn attach(command: &mut Command, archive: File) -> Result<Channels> {
+    pub fn attach(
+        command: &mut Command,
+        archive: File,
+        cable: Option<OwnedFd>,
+    ) -> Result<Channels> {
         let mut child_fd = FIRST_FD;
         let mut mappings = vec![mapping(archive.into(), child_fd)?];
         command.args(["-initrd", &format!("/proc/self/fd/{child_fd}")]);
@@ -56,6 +64,12 @@ impl Channels {
                 let port = format!("virtserialport,chardev={name},nr={number}");
                 command.args(["-device", &port]);
             }
+        }
+        if let Some(cable) = cable {
+            child_fd += 1;
+            mappings.push(mapping(cable, child_fd)?);
+            let end = format!("dgram,id={CABLE},local.type=fd,local.str={child_fd}");
+            command.args(["-netdev", &end]);
         }
         command.fd_mappings(mappings)?;
         let [console, out, err, control] =

@@ -8,6 +8,7 @@ pub mod guest_io;
 pub mod handles;
 pub mod initramfs;
 pub mod kernel;
+pub mod network;
 pub mod paths;
 pub mod setup;
 pub mod stage;

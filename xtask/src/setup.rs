@@ -35,9 +35,12 @@ const PACKAGES: &[&str] = &[
     "iptables",
     // the test machine
     "busybox-static",
+    // an ssh server that is only a program: no service starts by its being installed
+    "dropbear-bin",
     "iproute2",
     "kmod",
     "nftables",
+    "openssh-client",
     "procps",
     "qemu-system-x86",
     "util-linux",

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::device::{self, Device};
-use crate::guest_io::{self, Channels, Event, Relay, Sink};
+use crate::guest_io::{self, CABLE, Channels, Event, Relay, Sink};
 use crate::kernel::Kernel;
+use crate::network::Card;
 use crate::{initramfs, paths, setup};
 
 /// Where the guest sees the share.
@@ -95,6 +96,9 @@ pub struct Machine {
     folder: Option<PathBuf>,
     environment: Vec<(String, String)>,
     binds: Vec<PathBuf>,
+    name: String,
+    hosts: String,
+    card: Option<Card>,
 }
 
 impl Default for Machine {
@@ -111,6 +115,9 @@ impl Default for Machine {
             folder: None,
             environment: Vec::new(),
             binds: Vec::new(),
+            name: "node1".to_owned(),
+            hosts: "127.0.1.1 node1\n".to_owned(),
+            card: None,
         }
     }
 }
@@ -185,6 +192,24 @@ impl Machine {
         self
     }
 
+    /// The host name.
+    pub fn name(mut self, name: &str) -> Machine {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// The lines of `/etc/hosts` beside that of localhost.
+    pub fn hosts(mut self, lines: &str) -> Machine {
+        self.hosts = lines.to_owned();
+        self
+    }
+
+    /// A network card for the RDMA device, of which there is one only then.
+    pub fn card(mut self, card: Card) -> Machine {
+        self.card = Some(card);
+        self
+    }
+
     /// Boots, runs one program with its arguments, powers off.
     ///
     /// # Errors
@@ -224,7 +249,11 @@ impl Machine {
         archive.rewind()?;
         let begin = Instant::now();
         let mut command = self.qemu(kernel, share);
-        let channels = Channels::attach(&mut command, archive)?;
+        let cable = match &self.card {
+            Some(card) => Some(card.cable.try_clone()?),
+            None => None,
+        };
+        let channels = Channels::attach(&mut command, archive, cable)?;
         let child = command.spawn().context("cannot start QEMU")?;
         // The command holds the guest's ends of the channels: without them, the end of QEMU
         // is the end of the streams.
@@ -257,7 +286,13 @@ impl Machine {
             ("environment", environment),
             ("folder", text(&folder)?.to_owned()),
             ("hidden", hidden.join(" ")),
+            ("hosts", self.hosts.clone()),
             ("modules", text(&modules)?.to_owned()),
+            ("name", self.name.clone()),
+            (
+                "network",
+                if self.card.is_some() { "yes" } else { "" }.to_owned(),
+            ),
         ] {
             settings += &format!("{name}={}\n", quote(&value));
         }
@@ -290,6 +325,10 @@ impl Machine {
         command.arg("-virtfs");
         command.arg(shared(Path::new("/"), "root", ",readonly=on"));
         command.arg("-virtfs").arg(shared(share, "share", ""));
+        if let Some(card) = &self.card {
+            let card = format!("virtio-net-pci,netdev={CABLE},mac={},romfile=", card.mac);
+            command.args(["-device", &card]);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
     }
