@@ -76,25 +76,32 @@ pub fn run() -> Result<()> {
 
 /// An empty folder that both machines see, with the job's input.
 fn fresh_share(folder: &Path) -> Result<PathBuf> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("cannot empty {}", folder.display()))?;
-    }
-    let share = paths::make(folder.to_owned())?;
+    let share = empty(folder)?;
     paths::make(share.join("images"))?;
     let job = paths::make(share.join("job"))?;
     fs::write(job.join("hpccinf.txt"), INPUT)?;
     Ok(share)
 }
 
-fn finished(outcome: &Outcome) -> Result<()> {
+/// Makes the folder anew.
+pub(crate) fn empty(folder: &Path) -> Result<PathBuf> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("cannot empty {}", folder.display()))?;
+    }
+    paths::make(folder.to_owned())
+}
+
+/// # Errors
+/// When the script in the machine did not end well.
+pub(crate) fn finished(outcome: &Outcome) -> Result<()> {
     if !outcome.success() {
-        bail!("the demonstration failed in the machine: {:?}", outcome.end);
+        bail!("the script failed in the machine: {:?}", outcome.end);
     }
     Ok(())
 }
 
 /// The host's name of a path in the guest's share.
-fn share_path(share: &Path, guest: &str) -> Result<PathBuf> {
+pub(crate) fn share_path(share: &Path, guest: &str) -> Result<PathBuf> {
     let inside = Path::new(guest)
         .strip_prefix(vm::SHARE)
         .with_context(|| format!("the image `{guest}` is not in the share"))?;
@@ -102,7 +109,7 @@ fn share_path(share: &Path, guest: &str) -> Result<PathBuf> {
 }
 
 /// The times in what `reverbs` says on stderr: `reverbs: PHASE  1.234 s  ...`.
-fn phases(log: &str) -> Vec<(String, f64)> {
+pub(crate) fn phases(log: &str) -> Vec<(String, f64)> {
     log.lines()
         .filter_map(|line| {
             let mut words = line.strip_prefix("reverbs: ")?.split_whitespace();
@@ -129,7 +136,8 @@ fn verdict(output: &str) -> Result<String> {
     ))
 }
 
-fn bytes_below(folder: &Path) -> Result<u64> {
+/// The size of all files in a folder.
+pub(crate) fn bytes_below(folder: &Path) -> Result<u64> {
     let mut sum = 0;
     for entry in fs::read_dir(folder)? {
         let entry = entry?;

@@ -9,6 +9,7 @@ pub mod handles;
 pub mod initramfs;
 pub mod kernel;
 pub mod network;
+pub mod nodes;
 pub mod paths;
 pub mod setup;
 pub mod stage;

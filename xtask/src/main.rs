@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 
 use xtask::device::Device;
 use xtask::vm::{self, Machine};
-use xtask::{demo, fuzz, setup, stage, test};
+use xtask::{demo, fuzz, nodes, setup, stage, test};
 
 /// Tasks of the reverbs project.
 #[derive(Parser)]
@@ -37,6 +37,12 @@ enum Task {
     },
     /// Save an MPI benchmark in mid-run, and finish it in a second machine on another device
     Demo,
+    /// Save an MPI job over two machines in mid-run, and finish it on two other pairs of machines
+    Nodes {
+        /// How often
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        times: u32,
+    },
     /// Run the fuzz targets of tests/fuzz, with AddressSanitizer
     Fuzz {
         /// How long to run each
@@ -100,6 +106,7 @@ fn main() -> ExitCode {
         Task::Vm(arguments) => run_in_machine(&arguments),
         Task::Stage { folder } => stage::stage(&folder).map(|()| ExitCode::SUCCESS),
         Task::Demo => demo::run().map(|()| ExitCode::SUCCESS),
+        Task::Nodes { times } => nodes::run(times).map(|()| ExitCode::SUCCESS),
         Task::Fuzz {
             seconds,
             keep,

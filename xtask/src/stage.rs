@@ -37,6 +37,18 @@ pub fn stage(folder: &Path) -> Result<()> {
     fs::write(etc.join("reverbs.driver"), "driver reverbs\n").context("cannot write reverbs.driver")
 }
 
+/// Compiles the programs of `tests/programs` into the folder, and returns the name of the runner of
+/// the tests, which does so.
+///
+/// # Errors
+/// When something does not compile.
+pub fn programs(folder: &Path) -> Result<PathBuf> {
+    command::run(cargo().args(["build", "--package", "reverbs-tests"]))?;
+    let runner = paths::target()?.join("debug/guest-tests");
+    command::run(Command::new(&runner).arg("--build").arg(folder))?;
+    Ok(runner)
+}
+
 fn build() -> Result<()> {
     command::run(cargo().args([
         "build",

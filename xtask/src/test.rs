@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::stage::{self, cargo};
 use crate::test_plan::{NODE_CASES, RUNS, Run};
 use crate::vm::{self, Machine, Output};
-use crate::{command, demo, fuzz, paths, setup};
+use crate::{command, demo, fuzz, nodes, paths, setup};
 
 /// Passed and failed tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +45,9 @@ const FUZZ: u64 = 60;
 /// The same in the long run.
 const FUZZ_LONG: u64 = 600;
 
+/// How often the job over two machines is saved and finished in the long run.
+const NODES_LONG: u32 = 10;
+
 /// Runs everything (`long`: also what takes long) whose name contains `filter`. The sum is the
 /// last line on stdout.
 ///
@@ -73,17 +76,24 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
     }
     if filter.is_none() {
         heading("the demonstration: saved on one machine, finished on another");
-        count.add(match demo::run() {
-            Ok(()) => Count::ONE_PASSED,
-            Err(error) => {
-                eprintln!("xtask: {error:#}");
-                Count::ONE_FAILED
-            }
-        });
+        count.add(one(demo::run()));
+        heading("a job over two machines: saved there, finished on two others");
+        count.add(one(nodes::run(if long { NODES_LONG } else { 1 })));
     }
     let Count { passed, failed } = count;
     writeln!(std::io::stdout(), "{passed} passed, {failed} failed")?;
     Ok(count)
+}
+
+/// What has no cases of its own is one test.
+fn one(done: Result<()>) -> Count {
+    match done {
+        Ok(()) => Count::ONE_PASSED,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            Count::ONE_FAILED
+        }
+    }
 }
 
 /// Each target is one test, by the name `fuzz-TARGET`.
@@ -106,11 +116,7 @@ fn fuzz_targets(seconds: u64, filter: Option<&str>) -> Result<Count> {
                 .collect();
             for run in running {
                 count.add(match run.join() {
-                    Ok(Ok(())) => Count::ONE_PASSED,
-                    Ok(Err(error)) => {
-                        eprintln!("xtask: {error:#}");
-                        Count::ONE_FAILED
-                    }
+                    Ok(done) => one(done),
                     Err(_) => Count::ONE_FAILED,
                 });
             }
@@ -156,26 +162,20 @@ impl Guest {
     fn prepare() -> Result<Guest> {
         heading("building what the test machine runs");
         let target = paths::target()?;
+        let programs = target.join("test-programs");
         let guest = Guest {
-            runner: target.join("debug/guest-tests"),
+            runner: stage::programs(&programs)?,
             stage: target.join("stage"),
-            programs: target.join("test-programs"),
+            programs,
         };
         stage::stage(&guest.stage)?;
         let packages = [
-            "--package",
-            "reverbs-tests",
             "--package",
             "reverbs-node-tests",
             "--package",
             "reverbs-wrappers",
         ];
         command::run(cargo().arg("build").args(packages))?;
-        command::run(
-            Command::new(&guest.runner)
-                .arg("--build")
-                .arg(&guest.programs),
-        )?;
         let wrapper = "libreverbs_wrappers.so";
         fs::copy(
             target.join("debug").join(wrapper),
