@@ -66,12 +66,7 @@ impl Context<'_> {
     pub fn cluster(&self, identities: &[Identity]) -> Result<Cluster> {
         let setup = self.setup;
         let program = std::env::current_exe()?;
-        let mut bound = vec![
-            setup.programs.clone(),
-            setup.output.clone(),
-            debian::folder()?,
-        ];
-        bound.extend(setup.stage.clone());
+        let mut bound = vec![debian::folder()?];
         bound.extend(program.parent().map(PathBuf::from));
         let mut cluster = Cluster::new(&self.folder, &setup.criu, &bound)?;
         cluster.boot(identities)?;

@@ -82,13 +82,13 @@ pub fn run() -> Result<ExitCode> {
         return enclosure::enter();
     }
     std::fs::create_dir_all(&arguments.output)?;
+    let stage = arguments.stage.as_deref();
     let setup = Setup {
-        stage: arguments
-            .stage
-            .map(|stage| stage.canonicalize())
+        stage: stage
+            .map(|stage| enclosure::share(stage, "stage"))
             .transpose()?,
-        programs: arguments.programs.canonicalize()?,
-        output: arguments.output.canonicalize()?,
+        programs: enclosure::share(&arguments.programs, "programs")?,
+        output: enclosure::share(&arguments.output, "output")?,
         criu,
     };
     let prepared: Vec<_> = cases

@@ -1,9 +1,13 @@
 //! The namespaces of the run, around those of its nodes.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::mount::{MountFlags, mount, mount_bind};
 use rustix::process::{geteuid, getpid};
 
 /// Tells the second start of this program that it is inside.
@@ -41,6 +45,24 @@ pub fn enter() -> Result<ExitCode> {
             .and_then(|code| u8::try_from(code).ok())
             .unwrap_or(2),
     ))
+}
+
+/// Where the folders of a run are, for all nodes: as on a shared file system, whatever they are called outside. Some places,
+/// /tmp above all, are taken to be private to a node.
+const SHARED: &str = "/mnt";
+
+/// Shows a folder to this process and to all nodes as `SHARED/NAME`, and gives that.
+///
+/// # Errors
+/// When it is not there.
+pub fn share(folder: &Path, name: &str) -> Result<PathBuf> {
+    let at = Path::new(SHARED).join(name);
+    if fs::metadata(SHARED)?.dev() == fs::metadata("/")?.dev() {
+        mount("tmpfs", SHARED, "tmpfs", MountFlags::NOSUID, c"mode=0755").context(SHARED)?;
+    }
+    fs::create_dir(&at)?;
+    mount_bind(folder, &at).with_context(|| folder.display().to_string())?;
+    Ok(at)
 }
 
 /// What the caller has left open is not for any process of a node: CRIU would find files of other mount namespaces.

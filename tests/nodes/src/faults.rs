@@ -257,7 +257,7 @@ fn in_restart(
     job: &mut Launched<'_>,
 ) -> Result<String> {
     let image = job.checkpoint_and_stop(cluster)?;
-    let mut command = job.begin_restart(cluster, &image, &[])?;
+    let mut command = job.begin_restart(cluster, &image, &[], &["--wait"])?;
     wait_for_phase(&mut command, broken.phase, context.deadline)?;
     broken.fault.happen(cluster, &command)?;
     if broken.fault.is_bearable() {

@@ -221,10 +221,11 @@ impl<'a> Launched<'a> {
         cluster: &Cluster,
         image: &Path,
         moves: &[(String, String)],
+        options: &[&str],
     ) -> Result<Running> {
         self.commands += 1;
         let mut command = reverbs(self.context, cluster)?;
-        command.arg("restart").arg(image).arg("--wait");
+        command.arg("restart").arg(image).args(options);
         for (old, new) in moves {
             command.arg("--node").arg(format!("{old}={new}"));
         }
@@ -244,7 +245,7 @@ impl<'a> Launched<'a> {
         image: &Path,
         moves: &[(String, String)],
     ) -> Result<()> {
-        let command = self.begin_restart(cluster, image, moves)?;
+        let command = self.begin_restart(cluster, image, moves, &["--wait"])?;
         self.follow(cluster, command)
     }
 
@@ -266,6 +267,24 @@ impl<'a> Launched<'a> {
             trees.first()
         );
         self.left_alone(cluster)
+    }
+
+    /// Restarts the job with nobody to wait for it, lets it end, and checks what it says. Gives the number of rounds.
+    ///
+    /// # Errors
+    /// When anything is wrong, or left while it runs or afterwards.
+    pub fn restart_unattended(mut self, cluster: &Cluster, image: &Path) -> Result<u64> {
+        let mut command = self.begin_restart(cluster, image, &[], &[])?;
+        let deadline = self.context.deadline.at_most(COMMAND_LIMIT);
+        let ended = command.wait_for_success(deadline);
+        ended.with_context(|| command.errors().unwrap_or_default())?;
+        self.job.wait_for_progress(deadline, || Ok(()))?;
+        self.job.nothing_else(cluster)?;
+        self.left_alone(cluster)?;
+        self.job.tell_to_finish()?;
+        let rounds = self.job.wait_for_account(&self.output, deadline)?;
+        clean::check(cluster, &[images(self.context)])?;
+        Ok(rounds)
     }
 
     /// Waits until the job has done some more rounds.

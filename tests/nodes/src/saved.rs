@@ -39,6 +39,8 @@ pub enum How {
     ReplacedNode,
     /// On other nodes, saved again, and back on fresh ones of the first names.
     ThereAndBack,
+    /// On the same nodes, with nobody to wait for it.
+    Unattended,
     /// From an image under which it had run on, after the processes of one node had died.
     AfterDeath,
 }
@@ -63,6 +65,7 @@ const SAVED: &[Saved] = &[
     saved("restart-others-8", 8, How::OtherNodes),
     saved("restart-replaced-3", 3, How::ReplacedNode),
     saved("restart-there-and-back-2", 2, How::ThereAndBack),
+    saved("restart-unattended-2", 2, How::Unattended),
     saved("restart-after-death-3", 3, How::AfterDeath),
 ];
 
@@ -131,6 +134,11 @@ pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
             let image = job.checkpoint_and_stop(&cluster)?;
             replace(&mut cluster, &own)?;
             job.restart(&cluster, &image, &moves(&there, &own))?;
+        }
+        How::Unattended => {
+            let image = job.checkpoint_and_stop(&cluster)?;
+            let rounds = job.restart_unattended(&cluster, &image)?;
+            return Ok(format!("{rounds} rounds"));
         }
         How::AfterDeath => {
             let image = job.checkpoint(&cluster)?;

@@ -195,8 +195,7 @@ fn wait_for_restart(
         let now = job.progress()?;
         ensure!(now >= before, "from round {before} to round {now}");
         not_over(cluster, slurm, number)
-    })?;
-    job.nothing_else(cluster)
+    })
 }
 
 fn requeued(context: &Context<'_>, cluster: &Cluster, slurm: &Slurm, times: u32) -> Result<String> {
