@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use procfs::process::Process;
 
+use reverbs::control::socket::runtime_dir;
 use reverbs::image::{JobManifest, JobNode, NewImage};
 
 use super::cli::CheckpointOptions;
@@ -38,12 +39,16 @@ pub(crate) fn save(options: &CheckpointOptions, quiet: bool) -> Result<PathBuf> 
     let mut job = Ensemble::attach(root, &[])?;
     // Without it there is no need to look at anything.
     Criu::find()?;
+    let unfinished = Unfinished::of(root)?;
     let mut checkpoint = Checkpoint {
         options,
         image: NewImage::create(&image_parent(options, root), root)?,
     };
+    unfinished.note(checkpoint.image.folder())?;
     let mut progress = Progress::new(quiet);
-    checkpoint.take(&mut job, &mut progress, &interrupt)?;
+    let taken = checkpoint.take(&mut job, &mut progress, &interrupt);
+    unfinished.forget();
+    taken?;
     Ok(checkpoint.image.path().to_owned())
 }
 
@@ -188,6 +193,49 @@ impl Checkpoint<'_> {
         self.image.publish()?;
         progress.phase("publish", began, &bytes(size));
         Ok(())
+    }
+}
+
+/// Remembers an image in the making, for `reverbs resume` after this command was killed.
+#[derive(Debug)]
+pub(crate) struct Unfinished {
+    note: PathBuf,
+}
+
+impl Unfinished {
+    /// # Errors
+    /// There is no runtime folder.
+    pub(crate) fn of(root: i32) -> Result<Self> {
+        let note = runtime_dir()?.join(format!("job-{root}.unfinished"));
+        Ok(Self { note })
+    }
+
+    fn note(&self, folder: &Path) -> Result<()> {
+        std::fs::write(&self.note, folder.as_os_str().as_encoded_bytes())
+            .with_context(|| format!("cannot write {}", self.note.display()))
+    }
+
+    fn forget(&self) {
+        // The next note takes its place.
+        let _ = std::fs::remove_file(&self.note);
+    }
+
+    /// Removes what a killed command has left. The caller has the lock of the job.
+    pub(crate) fn remove(&self) {
+        use std::os::unix::ffi::OsStringExt;
+        let Ok(path) = std::fs::read(&self.note) else {
+            return;
+        };
+        let folder = PathBuf::from(std::ffi::OsString::from_vec(path));
+        let hidden = folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.starts_with(".reverbs-"));
+        if hidden {
+            // Gone, if the image was published in that very moment.
+            let _ = std::fs::remove_dir_all(folder);
+        }
+        self.forget();
     }
 }
 

@@ -252,9 +252,13 @@ impl Criu {
         let log = std::fs::read_to_string(work.path().join("restore.log")).unwrap_or_default();
         Err(RestoreFailure {
             reason: work.explain("restore.log", &status.to_string()),
-            may_pass: ["File exists", "Address already in use"]
-                .iter()
-                .any(|passing| log.contains(passing)),
+            may_pass: [
+                "File exists",
+                "Address already in use",
+                "Cannot assign requested address",
+            ]
+            .iter()
+            .any(|passing| log.contains(passing)),
         })
     }
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use super::checkpoint::Unfinished;
 use super::cli::ResumeOptions;
 use super::interrupt::Interrupt;
 use super::job::{Driver, ProcessTree, new_session, root_of};
@@ -18,6 +19,7 @@ pub(crate) fn resume(options: &ResumeOptions, quiet: bool) -> Result<ExitCode> {
     ProcessTree::of(root)?.require_user()?;
     let mut job = Ensemble::attach(root, &options.without)?;
     job.all(NodeRequest::Unlock)?;
+    Unfinished::of(root)?.remove();
     let mut progress = Progress::new(quiet);
     // Not interruptible: half-way is what this ends.
     let mut driver = Driver::new(

@@ -7,7 +7,6 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write as _};
-use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, ChildStdin, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use reverbs::image::TcpConnection;
 
 use super::Namespace;
+use super::tables::plain;
 
 /// Lets the packets in again when dropped.
 #[derive(Debug)]
@@ -119,12 +119,6 @@ fn script(table: &str, connections: &[TcpConnection]) -> String {
     }
     let _ = writeln!(script, "list table inet {table}");
     script
-}
-
-/// IPv4 in the clothes of IPv6 is IPv4 to the firewall.
-fn plain(address: SocketAddr) -> SocketAddr {
-    let ip: IpAddr = address.ip().to_canonical();
-    SocketAddr::new(ip, address.port())
 }
 
 #[cfg(test)]

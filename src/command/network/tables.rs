@@ -1,5 +1,6 @@
 //! The kernel's tables of sockets, as the processes of a job see them: in their network namespace, which need not be ours.
 
+use std::net::SocketAddr;
 use std::process::Stdio;
 
 use procfs::net::{TcpNetEntry, TcpState, UdpNetEntry};
@@ -67,17 +68,45 @@ impl Tables {
     }
 }
 
-/// Connections in TIME-WAIT keep the ports of the image's listening sockets for a minute. Without `ss` or the privilege,
-/// CRIU's own message about the address has to do.
-pub(crate) fn forget_closed_connections(namespace: &Namespace, ports: &[u16]) {
-    for port in ports {
-        let _ = namespace
-            .command("ss")
-            .args(["-K", "-tan", "state", "time-wait", "sport", "="])
-            .arg(port.to_string())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
+/// Closes what is left in the kernel of connections that nobody has any more: in TIME-WAIT they keep the ports of the image's
+/// listening sockets for a minute, and those of an attempt to restart that was given up are in the way of the next. Without `ss` or the
+/// privilege, CRIU's own message about the address has to do.
+pub(crate) fn forget_closed_connections(
+    namespace: &Namespace,
+    ports: &[u16],
+    connections: &[TcpConnection],
+) {
+    /// Of one command line.
+    const MOST: usize = 100;
+    for ports in ports.chunks(MOST) {
+        let each: Vec<_> = ports.iter().map(|port| format!("sport = {port}")).collect();
+        close(namespace, &["state", "time-wait"], &each.join(" or "));
     }
+    for connections in connections.chunks(MOST) {
+        let each: Vec<_> = connections
+            .iter()
+            .map(|connection| {
+                let (local, remote) = (plain(connection.local), plain(connection.remote));
+                format!("( src = {local} and dst = {remote} )")
+            })
+            .collect();
+        close(namespace, &[], &each.join(" or "));
+    }
+}
+
+fn close(namespace: &Namespace, states: &[&str], which: &str) {
+    let _ = namespace
+        .command("ss")
+        .args(["-K", "-tan"])
+        .args(states)
+        .arg(which)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+}
+
+/// IPv4 in the clothes of IPv6 is IPv4 to the kernel's tools.
+pub(super) fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }

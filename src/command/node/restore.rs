@@ -181,7 +181,11 @@ impl Restoring {
             })
             .collect();
         for attempt in 1.. {
-            forget_closed_connections(criu.namespace(), &manifest.listening_ports);
+            forget_closed_connections(
+                criu.namespace(),
+                &manifest.listening_ports,
+                &manifest.connections,
+            );
             let folder = self.image.criu_folder();
             match criu.restore(&folder, &work, &manifest.criu.options, &inherit) {
                 Ok(()) => break,
