@@ -146,7 +146,19 @@ pub const RUNS: &[Run] = &[
 ];
 
 /// The cases of `node-tests` without `--long`, as it filters them: jobs over nodes that are namespaces of this machine.
-pub const NODE_CASES: &[&str] = &["^bare"];
+pub const NODE_CASES: &[&str] = &[
+    "^bare",
+    "^run",
+    "=checkpoint-runs-on-3",
+    "=restart-fresh-3",
+    "=restart-others-2",
+    "=restart-replaced-3",
+    "=restart-unattended-2",
+    "=restart-after-death-3",
+    "=slurm-requeue",
+    "=fault-node-part-checkpoint-save",
+    "=fault-orchestrator-checkpoint-examine",
+];
 
 /// What is not said of a run.
 const RUN: Run = Run {

@@ -75,10 +75,11 @@ impl Fault {
                 ensure!(killed > 0, "the command has no part on {VICTIM}");
             }
             Self::Orchestrator => {
-                let first = cluster.first()?;
-                let ours = reverbs_tests::tree::descendants(command.pid());
-                let killed = first.signal(Signal::KILL, |process| ours.contains(&process.pid));
-                ensure!(killed > 0, "the command has ended already");
+                // The program below `nsenter`, and nothing of what it has started.
+                let killed = cluster.first()?.signal(Signal::KILL, |process| {
+                    process.parent == command.pid() && process.name == "reverbs"
+                });
+                ensure!(killed == 1, "the command has ended already");
             }
             Self::PowerOff => cluster.power_off(VICTIM)?,
             Self::Cut => cluster.cut(VICTIM)?,
@@ -238,11 +239,14 @@ fn in_checkpoint(
     }
     broken.fault.mend(cluster, context)?;
     if broken.fault == Fault::Orchestrator {
-        job.run(cluster, "resume", &[])?;
+        let mut resume = job.begin(cluster, "resume", &[])?;
+        resume.wait_for_success(Deadline::after(NOTICE))?;
+    } else {
+        clean::no_partial_image(&images(context))?;
     }
-    job.left_alone_within(cluster, NOTICE)?;
+    job.wait_until_free(cluster, NOTICE)?;
     job.wait_for_progress()?;
-    // It is a job like any other: it can be saved.
+    // It is a job like any other: it can be saved, and that takes away what a killed command has left.
     job.checkpoint(cluster)?;
     Ok(format!(
         "the checkpoint {}",

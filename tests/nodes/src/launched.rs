@@ -124,25 +124,28 @@ impl<'a> Launched<'a> {
     /// # Errors
     /// When that is not so.
     pub fn left_alone(&self, cluster: &Cluster) -> Result<()> {
+        Self::runs_freely(cluster)?;
+        clean::no_partial_image(&images(self.context))
+    }
+
+    fn runs_freely(cluster: &Cluster) -> Result<()> {
         for node in cluster.nodes() {
             clean::no_stopped_process(node)?;
             clean::no_rule(node)?;
         }
-        clean::no_partial_image(&images(self.context))
+        Ok(())
     }
 
-    /// The same where somebody has to notice first that a checkpoint has failed; and nobody is there any more who was
-    /// working for it.
+    /// Waits until the job runs freely, and nobody is there any more who was working on it: somebody may have to notice first
+    /// that a checkpoint has failed.
     ///
     /// # Errors
     /// When something stays.
-    pub fn left_alone_within(&self, cluster: &Cluster, limit: Duration) -> Result<()> {
+    pub fn wait_until_free(&self, cluster: &Cluster, limit: Duration) -> Result<()> {
         let deadline = Deadline::after(limit);
         loop {
-            let left = self
-                .left_alone(cluster)
-                .and_then(|()| self.job.nothing_else(cluster));
-            match left {
+            let free = Self::runs_freely(cluster).and_then(|()| self.job.nothing_else(cluster));
+            match free {
                 Err(_) if !deadline.passed() => std::thread::sleep(PAUSE),
                 settled => return settled,
             }

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use reverbs_tests::setup::Deadline;
 
 use crate::case::{Action, Case, Context};
 use crate::cluster::{Cluster, Identity, others, usual};
 use crate::job::RANKS;
-use crate::launched::Launched;
+use crate::launched::{COMMAND_LIMIT, Launched};
 
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -27,7 +28,7 @@ pub enum How {
     Runs,
     /// It is saved while it runs on.
     RunsOn,
-    /// It is asked for its state, cycled, and resumed.
+    /// It is asked for its state, and is to be cycled and resumed.
     Commands,
     /// It is stopped, and restarted on the same nodes.
     SameNodes,
@@ -154,14 +155,26 @@ pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
     Ok(format!("{rounds} rounds"))
 }
 
+/// Here nobody opens an RDMA device, so that no process has an agent: the commands that speak to agents say so, and leave
+/// the job as it is.
 fn commands(cluster: &Cluster, job: &mut Launched<'_>) -> Result<()> {
     let before = job.job().trees(cluster)?;
-    let status = job.run(cluster, "status", &["--json"])?;
-    let _: serde_json::Value = serde_json::from_str(&status)?;
-    job.run(cluster, "cycle", &["--count", "3", "--every", "50"])?;
-    job.wait_for_progress()?;
-    job.run(cluster, "resume", &[])?;
-    job.wait_for_progress()?;
+    for (verb, code, said) in [
+        ("status", 1, "runs under reverbs"),
+        ("cycle", 1, "runs under reverbs"),
+        ("resume", 0, "nothing to resume"),
+    ] {
+        let mut command = job.begin(cluster, verb, &[])?;
+        let status = command.wait(Deadline::after(COMMAND_LIMIT))?;
+        let errors = command.errors()?;
+        ensure!(
+            status.code() == Some(code) && errors.contains(said),
+            "{verb}: {status}: {errors}"
+        );
+        job.left_alone(cluster)?;
+        job.job().nothing_else(cluster)?;
+        job.wait_for_progress()?;
+    }
     let after = job.job().trees(cluster)?;
     ensure!(
         before
