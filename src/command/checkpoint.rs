@@ -151,7 +151,7 @@ impl Checkpoint<'_> {
         }
         progress.phase(
             "save",
-            began,
+            began.elapsed(),
             &format!(
                 "{}, {} carried",
                 count(processes, "process", "processes"),
@@ -191,7 +191,7 @@ impl Checkpoint<'_> {
                 .write(self.image.folder())?;
         }
         self.image.publish()?;
-        progress.phase("publish", began, &bytes(size));
+        progress.phase("publish", began.elapsed(), &bytes(size));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use reverbs::image::PhaseTime;
@@ -23,9 +23,8 @@ impl Progress {
         }
     }
 
-    /// A phase that began at `began` is over; `detail` says how much it dealt with.
-    pub(crate) fn phase(&mut self, phase: &str, began: Instant, detail: &str) {
-        let took = began.elapsed();
+    /// A phase is over that took so long; `detail` says how much it dealt with.
+    pub(crate) fn phase(&mut self, phase: &str, took: Duration, detail: &str) {
         self.times.push(PhaseTime {
             phase: phase.to_owned(),
             seconds: took.as_secs_f64(),

@@ -189,7 +189,7 @@ fn bring_back(
     })?);
     progress.phase(
         "verify",
-        began,
+        began.elapsed(),
         &format!(
             "{}, {}",
             bytes(opened.bytes),
@@ -217,7 +217,7 @@ fn bring_back(
     }
     progress.phase(
         "files",
-        began,
+        began.elapsed(),
         &format!("{restored} of {} carried put back", opened.carried),
     );
     interrupt.check()?;
@@ -229,7 +229,7 @@ fn bring_back(
     job.all(NodeRequest::Restore)?;
     progress.phase(
         "restore",
-        began,
+        began.elapsed(),
         &count(opened.processes, "process", "processes"),
     );
     job.all(NodeRequest::LetArrive)?;

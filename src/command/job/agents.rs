@@ -1,5 +1,7 @@
 //! What the driver asks of the agents of a job, wherever they are.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +45,11 @@ pub(crate) trait Agents {
         targets: &[ProcessId],
         request: &Request,
     ) -> Vec<(ProcessId, Result<Reply, AgentFailure>)>;
+
+    /// What the time is where they are.
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
 
     /// What people call a process: its id, and its node where there are several.
     fn name(&self, process: ProcessId) -> String;

@@ -285,7 +285,7 @@ impl<'a, A: Agents> Driver<'a, A> {
     }
 
     fn close(&mut self) -> Result<()> {
-        let began = Instant::now();
+        let began = self.agents.now();
         let targets = self.in_phases(&[Phase::Running]);
         if !self.tolerant {
             let mut obstacles = Vec::new();
@@ -317,7 +317,7 @@ impl<'a, A: Agents> Driver<'a, A> {
     }
 
     fn settle(&mut self) -> Result<()> {
-        let began = Instant::now();
+        let began = self.agents.now();
         // Some may have settled already under an orchestrator that died; their peers need to know all the same.
         let targets = self.in_phases(&[Phase::Stopped, Phase::Settled]);
         let responders: Vec<_> = self
@@ -336,7 +336,7 @@ impl<'a, A: Agents> Driver<'a, A> {
 
     /// The last step: everybody who stands where nothing is missing runs again, and the session ends.
     fn finish(&mut self) -> Result<()> {
-        let began = Instant::now();
+        let began = self.agents.now();
         let mut targets = self.claimed_only();
         targets.extend(self.in_phases(&[Phase::Closed, Phase::Connected]));
         if !targets.is_empty() {
@@ -348,7 +348,7 @@ impl<'a, A: Agents> Driver<'a, A> {
 
     /// Sends one request to all that are in `phase`.
     fn step(&mut self, name: &str, phase: Phase, request: &Request) -> Result<()> {
-        let began = Instant::now();
+        let began = self.agents.now();
         let targets = self.in_phases(&[phase]);
         if targets.is_empty() {
             return Ok(());
@@ -359,8 +359,9 @@ impl<'a, A: Agents> Driver<'a, A> {
     }
 
     pub(crate) fn say(&mut self, name: &str, began: Instant, processes: usize) {
+        let took = self.agents.now() - began;
         self.progress
-            .phase(name, began, &count(processes, "process", "processes"));
+            .phase(name, took, &count(processes, "process", "processes"));
     }
 
     /// Asks all of `targets` at once, those that are not ours yet after claiming them. Returns what the willing answered.

@@ -1,7 +1,7 @@
 //! What is done while all gates are closed and nothing was moved yet: the way back is still open.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -64,7 +64,7 @@ impl<A: Agents> Driver<'_, A> {
     }
 
     pub(super) fn drain(&mut self) -> Result<()> {
-        let began = Instant::now();
+        let began = self.agents.now();
         let mut still = 0;
         let mut before: Option<DrainReport> = None;
         let limit_ms = milliseconds(DRAIN_ROUND);
@@ -88,7 +88,7 @@ impl<A: Agents> Driver<'_, A> {
             } else {
                 0
             };
-            let over = still >= STILL_ROUNDS || began.elapsed() > DRAIN_LIMIT;
+            let over = still >= STILL_ROUNDS || self.agents.now() - began > DRAIN_LIMIT;
             if now.outstanding_sends == 0 || over {
                 break now;
             }
@@ -96,7 +96,7 @@ impl<A: Agents> Driver<'_, A> {
         };
         self.progress.phase(
             "drain",
-            began,
+            self.agents.now() - began,
             &format!(
                 "{} completions held, {} sends outstanding",
                 now.held_completions, now.outstanding_sends
