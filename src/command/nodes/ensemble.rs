@@ -7,8 +7,9 @@ use anyhow::{Result, bail, ensure};
 use reverbs::control::message::{HardwarePeer, ProcessNumbers, Reply, Request, Session};
 
 use super::launcher::Launcher;
+use super::reach::{Handle, Reach};
 use super::record::JobRecord;
-use super::relay::{Answers, Call, NodeFailure, Relay, Subtree, runtime_folder};
+use super::relay::{Answers, Call, Launched, NodeFailure, Relay, Subtree, runtime_folder};
 use crate::command::job::{
     AgentFailure, Agents, Hello, NodeId, ProcessId, Unreachable, Whose, is_reverbs,
 };
@@ -16,14 +17,14 @@ use crate::command::node::{NodeReply, NodeRequest, Outputs, Part};
 use crate::command::secret::{Handover, Secret};
 
 /// Connections that one node has to others. Below that, the first reaches all itself.
-const FAN_OUT: usize = 16;
+pub(super) const FAN_OUT: usize = 16;
 /// Another number, for tests with few nodes.
 const FAN_OUT_VARIABLE: &str = "REVERBS_FAN_OUT";
 
 /// All nodes of a job. Whatever its parts hold they let go of when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Ensemble {
-    relay: Relay,
+pub(crate) struct Ensemble<P = Part, R: Reach = Launched> {
+    relay: Relay<P, R>,
     /// By place in the job's list.
     names: Vec<String>,
     record: Option<JobRecord>,
@@ -151,6 +152,21 @@ impl Ensemble {
             behind,
         };
         let (relay, opened) = Relay::open(part, &subtree, &secret);
+        Self::of(relay, opened, names)
+    }
+
+    /// The part on this node.
+    pub(crate) fn own_part(&mut self) -> &mut Part {
+        self.relay.part()
+    }
+}
+
+impl<P: Handle, R: Reach> Ensemble<P, R> {
+    /// All that a relay has reached.
+    ///
+    /// # Errors
+    /// It has not reached one.
+    pub(super) fn of(relay: Relay<P, R>, opened: Answers, names: Vec<String>) -> Result<Self> {
         let ensemble = Self {
             relay,
             names,
@@ -192,11 +208,6 @@ impl Ensemble {
         self.relay.hang_up();
     }
 
-    /// The part on this node.
-    pub(crate) fn own_part(&mut self) -> &mut Part {
-        self.relay.part()
-    }
-
     fn require(&self, answers: Answers) -> Result<Vec<(NodeId, NodeReply)>> {
         let (mut done, mut failed) = (Vec::new(), Vec::new());
         for (node, answer) in answers {
@@ -231,7 +242,7 @@ impl Ensemble {
     }
 }
 
-impl Agents for Ensemble {
+impl<P: Handle, R: Reach> Agents for Ensemble<P, R> {
     fn scan(&mut self) -> Vec<Result<Hello, Unreachable>> {
         let request = NodeRequest::Scan;
         let answers = self.relay.call(&Call { to: None, request });

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::channel::{self, End, Greeting, Keeper, Reader, Writer, read_line};
 use super::launcher::Launcher;
+use super::reach::{Ask, Handle, Reach};
 use crate::command::job::NodeId;
 use crate::command::node::{NodeReply, NodeRequest, Part};
 use crate::command::secret::{Handover, Secret, hexadecimal};
@@ -48,7 +49,7 @@ pub(super) struct HelloParent {
 
 /// The first message on a connection: what the child is, and whom it has behind it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Subtree {
+pub(crate) struct Subtree {
     pub(super) own: NodeId,
     pub(super) name: String,
     pub(super) behind: Vec<(NodeId, String)>,
@@ -59,7 +60,7 @@ pub(super) struct Subtree {
 
 /// What goes down the tree.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Call {
+pub(crate) struct Call {
     /// `None` for all.
     pub(super) to: Option<BTreeSet<NodeId>>,
     pub(super) request: NodeRequest,
@@ -67,34 +68,57 @@ pub(super) struct Call {
 
 /// Why a node has not answered as it should.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum NodeFailure {
+pub(crate) enum NodeFailure {
     /// It says why.
     Refused(String),
     /// It cannot be reached any more.
     Lost(String),
 }
 
-pub(super) type Answers = Vec<(NodeId, Result<NodeReply, NodeFailure>)>;
+pub(crate) type Answers = Vec<(NodeId, Result<NodeReply, NodeFailure>)>;
 
+/// Reaches them by a launcher.
 #[derive(Debug)]
-pub(super) struct Relay {
-    own: NodeId,
-    part: Part,
-    links: Vec<Link>,
+pub(crate) struct Launched {
     subtree: Subtree,
     secret: Secret,
+}
+
+#[derive(Debug)]
+pub(crate) struct Relay<P = Part, R: Reach = Launched> {
+    own: NodeId,
+    part: P,
+    reach: R,
+    links: Vec<Link<R::Connection>>,
     /// For a node whose connection is opened anew.
     attach: Option<NodeRequest>,
 }
 
 impl Relay {
-    /// Reaches all nodes behind this one. Gives also what failed: those nodes, and those behind them, are not there.
+    /// As [`Relay::over`], by a launcher.
     pub(super) fn open(part: Part, subtree: &Subtree, secret: &Secret) -> (Self, Answers) {
-        let chunks = chunks(&subtree.behind, subtree.fan_out);
+        let reach = Launched {
+            subtree: subtree.clone(),
+            secret: secret.clone(),
+        };
+        Self::over(subtree.own, part, reach, &subtree.behind, subtree.fan_out)
+    }
+}
+
+impl<P: Handle, R: Reach> Relay<P, R> {
+    /// Reaches all nodes behind this one. Gives also what failed: those nodes, and those behind them, are not there.
+    pub(super) fn over(
+        own: NodeId,
+        part: P,
+        reach: R,
+        behind: &[(NodeId, String)],
+        fan_out: usize,
+    ) -> (Self, Answers) {
+        let chunks = chunks(behind, fan_out);
         let opened: Vec<_> = std::thread::scope(|scope| {
             let opening: Vec<_> = chunks
                 .iter()
-                .map(|chunk| scope.spawn(move || Link::open(chunk, subtree, secret)))
+                .map(|chunk| scope.spawn(|| reach.open(chunk)))
                 .collect();
             opening
                 .into_iter()
@@ -104,18 +128,17 @@ impl Relay {
                 })
                 .collect()
         });
-        let (mut links, mut answers) = (Vec::new(), vec![(subtree.own, Ok(NodeReply::Done))]);
+        let (mut links, mut answers) = (Vec::new(), vec![(own, Ok(NodeReply::Done))]);
         for (chunk, opened) in chunks.into_iter().zip(opened) {
             let (link, behind) = Link::opened(chunk, opened);
             links.push(link);
             answers.extend(behind);
         }
         let relay = Self {
-            own: subtree.own,
+            own,
             part,
+            reach,
             links,
-            subtree: subtree.clone(),
-            secret: secret.clone(),
             attach: None,
         };
         (relay, answers)
@@ -123,10 +146,9 @@ impl Relay {
 
     /// A connection that was lost may be the only thing that was: `reverbs node` was killed, not its node.
     fn open_lost_anew(&mut self) {
-        let (subtree, secret) = (&self.subtree, &self.secret);
         for link in self.links.iter_mut().filter(|link| link.lost.is_some()) {
             let chunk = link.chunk.clone();
-            let opened = Link::open(&chunk, subtree, secret);
+            let opened = self.reach.open(&chunk);
             let (fresh, _) = Link::opened(chunk, opened);
             *link = fresh;
             if let Some(attach) = &self.attach {
@@ -142,7 +164,7 @@ impl Relay {
         self.links.clear();
     }
 
-    pub(super) fn part(&mut self) -> &mut Part {
+    pub(super) fn part(&mut self) -> &mut P {
         &mut self.part
     }
 
@@ -201,27 +223,26 @@ pub(super) fn chunks<T: Clone>(behind: &[T], fan_out: usize) -> Vec<Vec<T>> {
 
 /// A node that is reached directly, and those behind it.
 #[derive(Debug)]
-struct Link {
+struct Link<C> {
     chunk: Vec<(NodeId, String)>,
-    connection: Option<Connection>,
+    connection: Option<C>,
     /// Why there is no connection.
     lost: Option<String>,
 }
 
 #[derive(Debug)]
-struct Connection {
+pub(crate) struct Connection {
     child: Child,
     reader: Reader,
     writer: Writer,
     keeper: Option<Keeper>,
 }
 
-impl Link {
-    fn open(
-        chunk: &[(NodeId, String)],
-        above: &Subtree,
-        secret: &Secret,
-    ) -> Result<(Connection, Answers)> {
+impl Reach for Launched {
+    type Connection = Connection;
+
+    fn open(&self, chunk: &[(NodeId, String)]) -> Result<(Connection, Answers)> {
+        let (above, secret) = (&self.subtree, &self.secret);
         let ((own, name), behind) = chunk.split_first().context("no node to reach")?;
         let mut child = above
             .launcher
@@ -259,12 +280,11 @@ impl Link {
             None => bail!("it ended while it reached the nodes behind it"),
         }
     }
+}
 
+impl<C: Ask> Link<C> {
     /// With the answers of all nodes that it is to reach.
-    fn opened(
-        chunk: Vec<(NodeId, String)>,
-        opened: Result<(Connection, Answers)>,
-    ) -> (Self, Answers) {
+    fn opened(chunk: Vec<(NodeId, String)>, opened: Result<(C, Answers)>) -> (Self, Answers) {
         let (connection, lost, answers) = match opened {
             Ok((connection, answers)) => (Some(connection), None, answers),
             Err(error) => (None, Some(format!("{error:#}")), Answers::new()),
@@ -303,7 +323,7 @@ impl Link {
     }
 }
 
-impl Connection {
+impl Ask for Connection {
     fn ask(&mut self, call: &Call) -> io::Result<Answers> {
         self.writer.send(call)?;
         self.reader
