@@ -31,6 +31,7 @@ const LEAST_GHOST_LIMIT: u64 = 1 << 20;
 pub(crate) fn examine(tree: &ProcessTree, held: &Held, largest_deleted: u64) -> Result<Findings> {
     let mut obstacles = terminals(tree, held);
     obstacles.extend(system_v(held));
+    obstacles.extend(remote_shells(tree));
     let mut ghost_limit = LEAST_GHOST_LIMIT;
     for file in held.deleted.values() {
         let bytes = file.found.len();
@@ -93,6 +94,22 @@ fn terminals(tree: &ProcessTree, held: &Held) -> Vec<String> {
         }
     }
     obstacles
+}
+
+/// Clients of another host's server, which a restore cannot bring back.
+fn remote_shells(tree: &ProcessTree) -> Vec<String> {
+    const CLIENTS: [&str; 3] = ["ssh", "rsh", "srun"];
+    tree.members
+        .iter()
+        .filter(|member| CLIENTS.contains(&member.name.as_str()))
+        .map(|member| {
+            format!(
+                "process {} ({}) is a connection to another node: let mpirun start its daemons through `reverbs run` \
+                 (docs/nodes.md)",
+                member.pid, member.name
+            )
+        })
+        .collect()
 }
 
 /// CRIU saves System V shared memory only with the IPC namespace that it lives in.
@@ -284,6 +301,14 @@ mod tests {
         assert_eq!(findings.options, [""; 0]);
         assert!(examine(&tree(10, 136 << 8 | 4), &held, 0).is_err());
         assert!(examine(&tree(10, 0), &Held::default(), 0).is_ok());
+    }
+
+    #[test]
+    fn an_ssh_client_in_the_tree_is_named() {
+        let mut tree = tree(10, 0);
+        tree.members[0].name = "ssh".into();
+        let error = examine(&tree, &Held::default(), 0).unwrap_err().to_string();
+        assert!(error.contains("process 10 (ssh)"), "{error}");
     }
 
     #[test]

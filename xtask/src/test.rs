@@ -75,8 +75,10 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
         bail!("no test ran: none has such a name");
     }
     if filter.is_none() {
-        heading("the demonstration: saved on one machine, finished on another");
-        count.add(one(demo::run()));
+        if long {
+            heading("the demonstration: saved on one machine, finished on another");
+            count.add(one(demo::run()));
+        }
         heading("a job over two machines: saved there, finished on two others");
         count.add(one(nodes::run(if long { NODES_LONG } else { 1 })));
     }

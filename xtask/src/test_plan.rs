@@ -109,7 +109,6 @@ pub const RUNS: &[Run] = &[
             "=restart-deleted-file",
             "=checkpoint-runs-on",
             "=checkpoint-in-init",
-            "=checkpoint-in-finalize",
         ],
         timeout: 1200,
         ..RUN
