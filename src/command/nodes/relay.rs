@@ -146,18 +146,24 @@ impl<P: Handle, R: Reach> Relay<P, R> {
 
     /// A connection that was lost may be the only thing that was: `reverbs node` was killed, not its node.
     fn open_lost_anew(&mut self) {
-        for link in self.links.iter_mut().filter(|link| link.lost.is_some()) {
-            let chunk = link.chunk.clone();
-            let opened = self.reach.open(&chunk);
-            let (fresh, _) = Link::opened(chunk, opened);
-            *link = fresh;
-            if let Some(attach) = &self.attach {
-                link.call(&Call {
-                    to: None,
-                    request: attach.clone(),
+        let (reach, attach) = (&self.reach, &self.attach);
+        std::thread::scope(|scope| {
+            // At the same time: one that is off takes as long as it may be silent.
+            for link in self.links.iter_mut().filter(|link| link.lost.is_some()) {
+                scope.spawn(move || {
+                    let chunk = link.chunk.clone();
+                    let opened = reach.open(&chunk);
+                    let (fresh, _) = Link::opened(chunk, opened);
+                    *link = fresh;
+                    if let Some(attach) = attach {
+                        link.call(&Call {
+                            to: None,
+                            request: attach.clone(),
+                        });
+                    }
                 });
             }
-        }
+        });
     }
 
     pub(super) fn hang_up(&mut self) {
