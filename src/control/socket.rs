@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// A frame larger than this is refused: 10,000 queue pairs and 10,000 keys in each of 100 processes stay below it.
-const LARGEST_FRAME: u32 = 512 << 20;
+pub const LARGEST_FRAME: u32 = 512 << 20;
 
 /// The name of the agent's thread, as `ps -L` shows it.
 pub const AGENT_THREAD: &str = "reverbs";

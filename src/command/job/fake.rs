@@ -13,7 +13,7 @@ use super::place::{NodeId, ProcessId};
 
 /// What happens to an agent when it is asked a certain thing for the first time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mishap {
+pub(crate) enum Mishap {
     Refuses,
     /// Does not do it and does not answer.
     Hangs,
@@ -25,25 +25,25 @@ pub(super) enum Mishap {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct FakeAgent {
-    pub(super) phase: Phase,
-    pub(super) session: Option<Session>,
-    pub(super) mishap: Option<(&'static str, Mishap)>,
+pub(crate) struct FakeAgent {
+    pub(crate) phase: Phase,
+    pub(crate) session: Option<Session>,
+    pub(crate) mishap: Option<(&'static str, Mishap)>,
     /// Refuses for ever what the mishap names.
-    pub(super) stubborn: bool,
+    pub(crate) stubborn: bool,
     /// Answers nothing.
-    pub(super) stopped: bool,
+    pub(crate) stopped: bool,
     /// Sends outstanding when closed, and how many complete in each round of draining.
-    pub(super) outstanding: u64,
-    pub(super) per_round: u64,
+    pub(crate) outstanding: u64,
+    pub(crate) per_round: u64,
     /// Packets that still arrive, one in each round.
-    pub(super) arriving: u64,
-    pub(super) rebuilds: u64,
-    pub(super) resumed: u64,
+    pub(crate) arriving: u64,
+    pub(crate) rebuilds: u64,
+    pub(crate) resumed: u64,
 }
 
 /// A process of the first node.
-pub(super) fn process(pid: i32) -> ProcessId {
+pub(crate) fn process(pid: i32) -> ProcessId {
     ProcessId {
         node: NodeId::FIRST,
         pid,
@@ -51,7 +51,7 @@ pub(super) fn process(pid: i32) -> ProcessId {
 }
 
 impl FakeAgent {
-    pub(super) fn at(phase: Phase) -> Self {
+    pub(crate) fn at(phase: Phase) -> Self {
         Self {
             phase,
             session: None,
@@ -68,22 +68,22 @@ impl FakeAgent {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct FakeJob {
-    pub(super) agents: BTreeMap<ProcessId, FakeAgent>,
+pub(crate) struct FakeJob {
+    pub(crate) agents: BTreeMap<ProcessId, FakeAgent>,
     /// Agents that appear when the named request has been answered by all.
-    pub(super) appear_after: Option<(&'static str, ProcessId, FakeAgent)>,
+    pub(crate) appear_after: Option<(&'static str, ProcessId, FakeAgent)>,
     /// Process ids of orchestrators that live.
-    pub(super) alive: Vec<i32>,
-    pub(super) asked: Vec<&'static str>,
+    pub(crate) alive: Vec<i32>,
+    pub(crate) asked: Vec<&'static str>,
     /// Whose numbers were left for later processes.
-    pub(super) published: Vec<i32>,
-    pub(super) broken_rules: Vec<String>,
+    pub(crate) published: Vec<i32>,
+    pub(crate) broken_rules: Vec<String>,
     /// Whether agents in phases far from each other are a broken rule: not where a test set them up so.
-    pub(super) strict_barriers: bool,
+    pub(crate) strict_barriers: bool,
 }
 
 impl FakeJob {
-    pub(super) fn of(phases: &[Phase]) -> Self {
+    pub(crate) fn of(phases: &[Phase]) -> Self {
         Self {
             agents: (100..)
                 .zip(phases)
@@ -148,6 +148,18 @@ impl FakeJob {
                 .push(format!("{name} refused by {process}: {reason}"));
         }
         Ok(reply)
+    }
+}
+
+/// The phase that everybody must have reached before anybody is asked this.
+pub(crate) fn barrier_before(request: &Request) -> Option<Phase> {
+    match request {
+        Request::Stop { .. } => Some(Phase::Closed),
+        Request::Responders => Some(Phase::Stopped),
+        Request::Release => Some(Phase::Settled),
+        Request::Rebuild { .. } => Some(Phase::Released),
+        Request::Connect { .. } => Some(Phase::Rebuilt),
+        _ => None,
     }
 }
 
@@ -257,13 +269,8 @@ impl Agents for FakeJob {
         }
         let name = request.name();
         self.asked.push(name);
-        match request {
-            Request::Stop { .. } => self.check_barrier(name, Phase::Closed),
-            Request::Responders => self.check_barrier(name, Phase::Stopped),
-            Request::Release => self.check_barrier(name, Phase::Settled),
-            Request::Rebuild { .. } => self.check_barrier(name, Phase::Released),
-            Request::Connect { .. } => self.check_barrier(name, Phase::Rebuilt),
-            _ => {}
+        if let Some(phase) = barrier_before(request) {
+            self.check_barrier(name, phase);
         }
         let answers = targets
             .iter()

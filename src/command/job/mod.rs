@@ -15,9 +15,13 @@ mod tree;
 
 pub(crate) use agents::{AgentFailure, Agents, Hello, Unreachable};
 pub(crate) use driver::Driver;
+#[cfg(test)]
+pub(crate) use fake::{FakeAgent, FakeJob, Mishap, barrier_before};
 pub(crate) use lock::JobLock;
 pub(crate) use outside::Whose;
 pub(crate) use place::{NodeId, ProcessId};
+#[cfg(test)]
+pub(crate) use sockets::patience;
 pub(crate) use sockets::{SocketAgents, ask_once, listening};
 #[cfg(test)]
 pub(crate) use tree::Member;

@@ -357,7 +357,7 @@ fn wait_for_reply(pid: i32, stream: &UnixStream, limit: Duration) -> io::Result<
 
 /// How long an answer may take. What the agent bounds itself gets a margin; rebuilding registers memory, which takes
 /// about 0.3 s a GiB, and emulated machines are fifty times slower than real ones.
-fn patience(request: &Request) -> Duration {
+pub(crate) fn patience(request: &Request) -> Duration {
     const MARGIN: Duration = Duration::from_secs(20);
     match request {
         Request::Hello { .. } | Request::Begin { .. } => Duration::from_secs(10),

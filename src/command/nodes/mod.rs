@@ -2,7 +2,8 @@
 //! of it.
 //!
 //! `launcher` starts a command on another node by what the user has for that; `channel` is an authenticated connection over
-//! its standard input and output; `relay` is one node in the tree of connections, and what it does for those behind it (`reach`: over what);
+//! its standard input and output; `relay` is one node in the tree of connections, and what it does for those behind it (`reach`:
+//! over what);
 //! `serve` is what runs on the other nodes; `record` remembers which nodes a job has; `start` puts its processes there;
 //! `ensemble` is the whole job as the commands see it.
 
@@ -12,6 +13,8 @@ mod launcher;
 mod reach;
 mod record;
 mod relay;
+#[cfg(test)]
+mod scale;
 mod serve;
 pub(crate) mod start;
 
