@@ -36,6 +36,8 @@ pub struct Manifest {
     /// Whether the job ended with the checkpoint.
     pub stopped: bool,
     pub processes: Vec<ImageProcess>,
+    /// Programs and libraries that the processes execute, which a restart maps again.
+    pub libraries: Vec<Library>,
     pub criu: CriuFacts,
     /// Where sockets of the runtime folder are expected.
     pub runtime_folder: PathBuf,
@@ -67,6 +69,13 @@ pub struct ImageProcess {
     pub working_folder: Option<PathBuf>,
     /// What its agent said before the checkpoint; `None` for a process that uses no RDMA.
     pub rdma: Option<ProcessStatus>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Library {
+    pub path: PathBuf,
+    /// Bytes. CRIU looks at the build id as well, but only when it is about to map the file.
+    pub size: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,8 +13,8 @@ mod writer;
 
 pub use job::{JobImage, JobManifest, JobNode};
 pub use manifest::{
-    BoundAddress, Carried, CarriedKind, CriuFacts, ImageFile, ImageProcess, Manifest, OutsidePipe,
-    PhaseTime, TcpConnection, WrittenFile,
+    BoundAddress, Carried, CarriedKind, CriuFacts, ImageFile, ImageProcess, Library, Manifest,
+    OutsidePipe, PhaseTime, TcpConnection, WrittenFile,
 };
 pub use open::Image;
 pub use writer::{NewImage, NewPart, timestamp};

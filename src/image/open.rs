@@ -210,6 +210,7 @@ mod tests {
             root: 42,
             stopped: false,
             processes: vec![],
+            libraries: vec![],
             criu: CriuFacts {
                 version: "4".into(),
                 options: vec![],

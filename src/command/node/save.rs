@@ -1,16 +1,17 @@
 //! Saving the processes of this node: CRIU, and what has to be done while it holds them.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
-use procfs::process::Process;
+use procfs::process::{MMPermissions, MMapPath, Process};
 
 use reverbs::control::message::ProcessStatus;
 use reverbs::control::socket::runtime_dir;
-use reverbs::image::{CriuFacts, ImageProcess, Manifest, NewPart, PhaseTime, timestamp};
+use reverbs::image::{CriuFacts, ImageProcess, Library, Manifest, NewPart, PhaseTime, timestamp};
 
 use super::message::NodeReply;
 use super::part::examine;
@@ -257,6 +258,7 @@ fn describe(
         root: findings.root,
         stopped: stop,
         processes,
+        libraries: libraries(&tree.pids()),
         criu: CriuFacts {
             version: findings.criu.version.clone(),
             options: preflight.options.clone(),
@@ -271,6 +273,27 @@ fn describe(
         phases: Vec::new(),
         contents: Vec::new(),
     })
+}
+
+/// Files with a name that they map to execute.
+fn libraries(processes: &[i32]) -> Vec<Library> {
+    let maps = processes
+        .iter()
+        .filter_map(|pid| Process::new(*pid).ok()?.maps().ok())
+        .flatten()
+        .filter(|map| map.perms.contains(MMPermissions::EXECUTE));
+    let paths: BTreeSet<PathBuf> = maps
+        .filter_map(|map| match map.pathname {
+            MMapPath::Path(path) => Some(path),
+            _ => None,
+        })
+        .collect();
+    let sized = paths.into_iter().filter_map(|path| {
+        // One that was deleted is in the image.
+        let size = std::fs::metadata(&path).ok()?.len();
+        Some(Library { path, size })
+    });
+    sized.collect()
 }
 
 /// CRIU has killed them; a restart needs their ids, so give them a moment to be gone.
