@@ -35,7 +35,7 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
     let environment = environment(options)?;
     let starter = Starter::listen(
         Launcher::find(options.remote.program.as_deref()),
-        new_session()?.id,
+        job_id()?,
         environment.clone(),
     )?;
     let mut command = Command::new(&options.command[0]);
@@ -97,6 +97,13 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
     }
     let status = exit_code(status);
     Ok(requeue.map_or(status, |requeue| requeue.outcome(status)))
+}
+
+/// Random, and short: it is part of the path of a socket.
+fn job_id() -> Result<String> {
+    let mut id = new_session()?.id;
+    id.truncate(16);
+    Ok(id)
 }
 
 /// What the job gets from us on every node.
