@@ -225,8 +225,8 @@ fn in_checkpoint(
         broken.fault
     );
     if broken.fault == Fault::PowerOff {
-        // What is left of the job cannot go on.
-        job.wait_for_failure()?;
+        // What is left of the job may wait for long for what is gone: it is not up to the checkpoint to end it.
+        job.wait_until_free(cluster, NOTICE)?;
         let newest = newest_image(context)?;
         ensure!(
             succeeded || newest == complete,
@@ -236,6 +236,13 @@ fn in_checkpoint(
         broken.fault.mend(cluster, context)?;
         job.restart(cluster, &newest, &[])?;
         return Ok("restarted".to_owned());
+    }
+    if broken.fault == Fault::FullDisk {
+        let errors = command.errors()?;
+        ensure!(
+            errors.contains("No space left"),
+            "another failure: {errors}"
+        );
     }
     broken.fault.mend(cluster, context)?;
     if broken.fault == Fault::Orchestrator {
