@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use reverbs_tests::process::{self, Running};
 use reverbs_tests::setup::Deadline;
 
@@ -127,14 +127,16 @@ impl Node {
             .map(drop)
     }
 
-    /// Puts a file system with so little room on `folder` that it is soon full.
+    /// Lets this node write so much to `folder`, and no more; it still sees what the others write.
     ///
     /// # Errors
     /// When it cannot be mounted.
     pub fn limit_room(&self, folder: &Path, kilobytes: u32) -> Result<()> {
-        let folder = folder.to_str().context("a name is not UTF-8")?;
+        let folder = folder.display();
         self.shell(&format!(
-            "mkdir -p '{folder}' && mount -t tmpfs -o size={kilobytes}k room '{folder}'"
+            "mkdir /run/room && mount -t tmpfs -o size={kilobytes}k room /run/room && \
+             mkdir /run/room/upper /run/room/work && mount -t overlay \
+             -o lowerdir='{folder}',upperdir=/run/room/upper,workdir=/run/room/work room '{folder}'"
         ))
         .map(drop)
     }
