@@ -151,7 +151,7 @@ fn leftovers(context: &Context<'_>) -> Result<String> {
         ),
         ("ip link add some type bridge", "ip link delete some"),
         (
-            "setsid sleep 66 >/dev/null 2>&1 & echo $! > /tmp/pid; kill -STOP $(cat /tmp/pid)",
+            "exec >/dev/null 2>&1; setsid sleep 66 & echo $! > /tmp/pid; kill -STOP $(cat /tmp/pid)",
             "kill -KILL $(cat /tmp/pid)",
         ),
     ] {

@@ -4,12 +4,16 @@ use std::ffi::OsStr;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use reverbs_tests::process::{self, Running};
 use reverbs_tests::setup::Deadline;
 
 use crate::processes::{self, Process};
+
+/// The time limit of a command of the shell.
+const SHELL_LIMIT: Duration = Duration::from_secs(60);
 
 /// The interface of each node.
 pub const INTERFACE: &str = "eth0";
@@ -81,20 +85,18 @@ impl Node {
     /// Runs a command of the shell in the node to its end, and gives its output.
     ///
     /// # Errors
-    /// When it fails; the error has what it said.
+    /// When it fails or does not end; the error has the last line of what it said.
     pub fn shell(&self, text: &str) -> Result<String> {
-        let output = self
-            .command("sh", Path::new("/"))
-            .args(["-c", text])
-            .output()?;
-        ensure!(
-            output.status.success(),
-            "{}: `{text}`: {}: {}",
-            self.name,
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        let mut command = self.command("sh", Path::new("/"));
+        command.args(["-c", text]);
+        let folder = tempfile::tempdir()?;
+        process::run(
+            command,
+            folder.path(),
+            "shell",
+            Deadline::after(SHELL_LIMIT),
+        )
+        .with_context(|| format!("{}: `{text}`", self.name))
     }
 
     /// Its processes, without the first and without daemons.
@@ -173,7 +175,7 @@ impl Node {
                 self.name,
                 found.len()
             );
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
