@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use reverbs::control::message::Phase;
 
-use super::assert_all_run;
 use super::cluster::{Cluster, FIRST_PID, Fault};
 use super::job::{Job, cycle, drive};
+use super::{PROCESSES, assert_all_run};
 use crate::command::job::{Mishap, NodeId, ProcessId};
 
 /// All that nodes are asked in a cycle: its name, and how many of that name come before.
@@ -34,8 +34,8 @@ const STEPS: [(&str, usize); 18] = [
 ];
 /// The place of the first step that has no way back.
 const STOP: usize = 7;
-/// Of the first node 4 others are reached directly, 16 by those, and the rest by those.
-const NODES: u32 = 60;
+/// The first node reaches 4 others, and begins with node 1, which reaches those up to 10, and so on.
+const NODES: u32 = 40;
 const FAN_OUT: usize = 4;
 /// One that others are reached by, and one that is reached by others.
 const INNER: NodeId = NodeId(1);
@@ -87,7 +87,7 @@ fn nobody_goes_on_without_a_node_that_is_silent() {
                 let waits = place >= STOP && step != "resume";
                 for (process, agent) in cluster.agents() {
                     let runs = agent.phase == Phase::Running;
-                    let is_cut_off = process.node == node || (node == INNER && process.node.0 < 16);
+                    let is_cut_off = process.node == node || (node == INNER && process.node.0 < 11);
                     assert!(
                         runs != waits || is_cut_off && !runs,
                         "{case}: {process} {agent:?}"
@@ -162,7 +162,7 @@ fn a_process_that_fails_at_any_step_is_no_worse_than_on_one_node() {
                 Mishap::Stops => {
                     let told = fail(&mut job, &case);
                     assert!(
-                        told.contains("process 100 on node-59: stopped"),
+                        told.contains("process 100 on node-39: stopped"),
                         "{case}: {told}"
                     );
                     assert!(told.contains("reverbs resume"), "{case}: {told}");
@@ -194,7 +194,7 @@ fn a_process_that_fails_at_any_step_is_no_worse_than_on_one_node() {
 fn many_nodes_that_are_lost_at_once_are_waited_for_at_the_same_time() {
     let cluster = cluster();
     // All that the first node reaches itself.
-    for node in [1, 16, 31, 46] {
+    for node in [1, 11, 21, 31] {
         cluster.node(NodeId(node)).fault = Some(("release", 0, Fault::CutBefore));
     }
     let mut job = Job::attach(&cluster, &[]).unwrap();
@@ -205,4 +205,34 @@ fn many_nodes_that_are_lost_at_once_are_waited_for_at_the_same_time() {
     assert_eq!(job.costs.last().unwrap().received.0, 0, "one still answers");
     cluster.heal();
     resume(&cluster, &[], "release");
+}
+
+#[test]
+fn a_job_of_full_size_comes_through_all_at_once() {
+    const SIZE: u32 = 1250;
+    let cluster = Arc::new(Cluster::of(SIZE, PROCESSES, super::FAN_OUT));
+    cluster.node(INNER).fault = Some(("release", 0, Fault::PowerOff));
+    cluster.node(NodeId(700)).slowness = 10.0;
+    let dies = ProcessId {
+        node: NodeId(900),
+        pid: FIRST_PID,
+    };
+    let mut node = cluster.node(dies.node);
+    node.job.agents.get_mut(&dies).unwrap().mishap = Some(("close", Mishap::Dies));
+    drop(node);
+    let mut job = Job::attach(&cluster, &[]).unwrap();
+    let told = fail(&mut job, "full size");
+    assert!(
+        told.contains("node-1") && told.contains("reverbs resume"),
+        "{told}"
+    );
+    assert!(job.elapsed() < LONGEST, "{:?}", job.elapsed());
+    let runs = |phase| phase == Phase::Running;
+    assert!(cluster.agents().iter().all(|(_, agent)| !runs(agent.phase)));
+    drop(job);
+    resume(&cluster, &[INNER], "full size");
+    let agents = cluster.agents();
+    // Those of one node, and one more.
+    assert_eq!(agents.len(), 10_000 - 8 - 1);
+    assert!(agents.iter().all(|(_, agent)| agent.rebuilds == 1));
 }

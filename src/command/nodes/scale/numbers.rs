@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+
 use reverbs::control::message::{
     ContextNumbers, PortNumbers, ProcessNumbers, QueuePairNumbers, Reply, Request,
 };
@@ -12,7 +15,10 @@ use reverbs::handle::{
 };
 use reverbs::translate::{Address, Directory};
 
+use super::super::relay::Call;
 use super::PROCESSES;
+use crate::command::job::{NodeId, ProcessId};
+use crate::command::node::NodeRequest;
 
 #[derive(Debug)]
 struct Measured {
@@ -145,4 +151,46 @@ fn measure_for_the_documentation() {
             measured.said, measured.told, seconds[0], seconds[1], seconds[2]
         );
     }
+}
+
+/// What `wire` takes for the making and reading of messages.
+#[test]
+#[ignore = "only says how long things take"]
+fn measure_the_handling_of_a_call() {
+    let targets = (0..10_000).map(|place| ProcessId {
+        node: NodeId(place / 8),
+        pid: 100_000 + (place % 8).cast_signed(),
+    });
+    let targets: Vec<_> = targets.collect();
+    let call = Call {
+        to: Some(targets.iter().map(|process| process.node).collect()),
+        request: NodeRequest::Ask {
+            targets,
+            request: Request::Release,
+        },
+    };
+    let (mut made, mut sealed, mut read, mut bytes) =
+        (Duration::MAX, Duration::MAX, Duration::MAX, 0);
+    for _ in 0..20 {
+        let began = Instant::now();
+        let body = serde_json::to_vec(&call).unwrap();
+        made = made.min(began.elapsed());
+        let began = Instant::now();
+        let mut mac = Hmac::<Sha256>::new_from_slice(b"a key").unwrap();
+        mac.update(&body);
+        std::hint::black_box(mac.finalize());
+        sealed = sealed.min(began.elapsed());
+        let began = Instant::now();
+        std::hint::black_box(serde_json::from_slice::<Call>(&body).unwrap());
+        read = read.min(began.elapsed());
+        bytes = body.len();
+    }
+    let bytes = u32::try_from(bytes).unwrap();
+    let each = |time: Duration| time.as_secs_f64() * 1e9 / f64::from(bytes);
+    eprintln!(
+        "{bytes} bytes; each, in ns: made {:.1}, sealed {:.1}, read {:.1}",
+        each(made),
+        each(sealed),
+        each(read)
+    );
 }

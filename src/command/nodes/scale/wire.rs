@@ -20,7 +20,7 @@ use crate::command::node::{NodeReply, NodeRequest};
 pub(super) const LATENCY: Duration = Duration::from_micros(50);
 /// All connections of a node share it.
 const BYTES_PER_SECOND: f64 = 1e9;
-/// To make a message or to read it, at each end: JSON and HMAC (`numbers` measures it).
+/// To make a message or to read it: half of what JSON and HMAC take at both ends together (`numbers` measures that).
 const SECONDS_PER_BYTE: f64 = 10e-9;
 /// A launcher has to start a command.
 const LAUNCH: Duration = Duration::from_millis(300);
