@@ -15,7 +15,10 @@ impl<A: Agents> Driver<'_, A> {
         self.devices.clear();
         match self.bring_back() {
             Err(worse) => worse.context(format!("after \"{error:#}\"")),
-            Ok(()) if self.phases.is_empty() => error.context("the job has ended"),
+            // A job without RDMA has no agents at all.
+            Ok(()) if self.phases.is_empty() && !self.ended.is_empty() => {
+                error.context("the job has ended")
+            }
             Ok(()) => error.context(outcome),
         }
     }
