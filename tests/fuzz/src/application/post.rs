@@ -239,6 +239,10 @@ impl Application {
                 );
                 break;
             }
+            // A queue pair that has failed gives receives back at once: only the device knows how many it still has.
+            if queue != WITH_SHARED && self.sends[queue].excused {
+                expected.retain(|code| *code != libc::ENOMEM);
+            }
             assert_eq!(expected, [0; 0], "accepted: {receive:?}");
             self.receives[queue].push_back(requests[index].wr_id);
         }
