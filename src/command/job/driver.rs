@@ -158,13 +158,17 @@ impl<'a, A: Agents> Driver<'a, A> {
         }
     }
 
-    /// Takes all agents from `Released` to `Running`, on fresh hardware.
+    /// Takes all agents from `Released` to `Running`, on fresh hardware; whoever is not there yet catches up.
     ///
     /// # Errors
     /// A refusal or a time-out. Follow with [`Driver::recover`].
     pub(crate) fn restore_service(&mut self) -> Result<()> {
         let mut catch_ups = 0;
         let numbers = loop {
+            // After a restart: processes that went on at once and opened a device before we looked for anybody.
+            if self.lowest().is_some_and(|lowest| lowest < Phase::Released) {
+                self.release()?;
+            }
             let request = Request::Rebuild {
                 devices: self.devices.clone(),
             };
@@ -175,7 +179,6 @@ impl<'a, A: Agents> Driver<'a, A> {
             if self.newcomers(&mut catch_ups)? == 0 {
                 break numbers;
             }
-            self.release()?;
         };
         self.step("connect", Phase::Rebuilt, &Request::Connect { numbers })?;
         self.finish()

@@ -249,6 +249,20 @@ fn nobody_goes_on_without_one_that_is_stopped() {
 }
 
 #[test]
+fn a_process_that_was_quicker_than_the_restart_catches_up() {
+    // Restored, and at its first device before anybody has looked for agents.
+    let mut job = FakeJob::of(&[Phase::Released, Phase::Running]);
+    drive(&mut job, |driver| {
+        assert_eq!(driver.attach_abandoned()?, 2);
+        driver.restore_service()
+    })
+    .unwrap();
+    assert_all_running(&job, "restart");
+    assert_eq!(job.published, [100, 101]);
+    assert!(job.agents.values().all(|agent| agent.rebuilds == 1));
+}
+
+#[test]
 fn a_process_that_opens_a_device_meanwhile_catches_up() {
     for step in ["close", "stop", "settle", "release", "rebuild", "publish"] {
         let mut job = FakeJob::of(&[Phase::Running; 2]);
