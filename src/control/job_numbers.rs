@@ -15,7 +15,7 @@ use super::message::ProcessNumbers;
 #[derive(Debug, Serialize, Deserialize)]
 struct Published {
     /// When the root started, so that another process of its id is not taken for it.
-    root_started: String,
+    root_started: Start,
     processes: Vec<ProcessNumbers>,
 }
 
@@ -51,7 +51,7 @@ pub fn find(runtime_dir: &Path, pid: i32) -> Option<Vec<ProcessNumbers>> {
     let mut next = pid;
     while next > 0 {
         if let Some(published) = read(&file(runtime_dir, next))
-            && start_of(next).as_deref() == Some(&published.root_started)
+            && start_of(next).is_some_and(|start| start.is(&published.root_started))
         {
             return Some(published.processes);
         }
@@ -78,8 +78,10 @@ fn remove_old(runtime_dir: &Path) {
             number.parse().ok()
         });
         let Some(root) = root else { continue };
-        let started = read(&entry.path()).map(|published| published.root_started);
-        if start_of(root) != started {
+        let lives = start_of(root)
+            .zip(read(&entry.path()))
+            .is_some_and(|(start, published)| start.is(&published.root_started));
+        if !lives {
             // A leftover does no harm.
             let _ = fs::remove_file(entry.path());
         }
@@ -90,10 +92,51 @@ fn parent_of(pid: i32) -> Option<i32> {
     stat(pid, 4)?.parse().ok()
 }
 
-/// Ticks since boot, and the boot.
-fn start_of(pid: i32) -> Option<String> {
+/// When a process started, the same from within every time namespace: CRIU gives what it restores one of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Start {
+    /// Since boot, by the clock outside of time namespaces; less than a tick too little.
+    nanoseconds: u64,
+    boot: String,
+}
+
+impl Start {
+    /// `ticks` as `/proc/PID/stat` shows them where the clock since boot is ahead by what `offsets` (`timens_offsets`) says.
+    fn new(ticks: u64, offsets: &str, boot: &str) -> Self {
+        let ahead = offsets
+            .lines()
+            .find_map(|line| line.strip_prefix("boottime"))
+            .and_then(|line| {
+                let mut numbers = line.split_whitespace().map(str::parse::<i64>);
+                let seconds = numbers.next()?.ok()?;
+                let nanoseconds = numbers.next()?.ok()?;
+                Some(seconds * 1_000_000_000 + nanoseconds)
+            });
+        Self {
+            // Who started before the namespace's clock did is shown wrapped below zero.
+            nanoseconds: ticks
+                .wrapping_mul(tick())
+                .wrapping_sub(ahead.unwrap_or(0).cast_unsigned()),
+            boot: boot.trim().to_owned(),
+        }
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        let apart = self.nanoseconds.wrapping_sub(other.nanoseconds);
+        self.boot == other.boot && apart.cast_signed().unsigned_abs() < tick()
+    }
+}
+
+/// Nanoseconds of a tick of the clock in `/proc/PID/stat`.
+fn tick() -> u64 {
+    1_000_000_000 / rustix::param::clock_ticks_per_second()
+}
+
+fn start_of(pid: i32) -> Option<Start> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(format!("{} {}", stat(pid, 22)?, boot.trim()))
+    // Not there on a kernel without time namespaces.
+    let offsets = fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
+    Some(Start::new(stat(pid, 22)?.parse().ok()?, &offsets, &boot))
 }
 
 /// A field of `/proc/PID/stat` after the second, counted as `proc_pid_stat(5)` does.
@@ -140,9 +183,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         publish(folder.path(), own(), &[]).unwrap();
         let path = file(folder.path(), own());
-        let text = fs::read_to_string(&path).unwrap();
-        let start = start_of(own()).unwrap();
-        fs::write(&path, text.replace(&start, &format!("1{start}"))).unwrap();
+        let mut published = read(&path).unwrap();
+        published.root_started.nanoseconds -= tick();
+        fs::write(&path, serde_json::to_vec(&published).unwrap()).unwrap();
         assert_eq!(find(folder.path(), own()), None);
         publish(
             folder.path(),
@@ -151,5 +194,18 @@ mod tests {
         )
         .unwrap();
         assert!(!path.exists());
+    }
+    /// As seen of one process after a restart: from outside, and from within the namespace that CRIU made.
+    #[test]
+    fn a_start_is_the_same_from_within_a_time_namespace() {
+        let outside = Start::new(1945, "monotonic 0 0\nboottime 0 0\n", "boot\n");
+        let within = "monotonic         -10 503000001\nboottime          -10 503000000\n";
+        assert!(Start::new(995, within, "boot\n").is(&outside));
+        assert!(Start::new(996, within, "boot\n").is(&outside));
+        assert!(!Start::new(994, within, "boot\n").is(&outside));
+        assert!(!Start::new(997, within, "boot\n").is(&outside));
+        assert!(!Start::new(995, within, "other boot\n").is(&outside));
+        let older = Start::new(300, "", "boot");
+        assert!(Start::new(1_844_674_406_721, within, "boot").is(&older));
     }
 }

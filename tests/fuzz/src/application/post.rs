@@ -78,7 +78,7 @@ impl Application {
             reasons.at_once.push(libc::EINVAL);
             return reasons;
         };
-        let length: u64 = elements.iter().map(|one| u64::from(one.length)).sum();
+        let length = total(elements);
         let inline = send.flags & IBV_SEND_INLINE != 0;
         let is_send = [IBV_WR_SEND, IBV_WR_SEND_WITH_IMM].contains(&send.opcode);
         if inline && length > u64::from(INLINE)
@@ -167,14 +167,13 @@ impl Application {
             );
             let count = send.count as usize;
             let inline = send.flags & IBV_SEND_INLINE != 0;
-            let length: u32 = elements[..count].iter().map(|one| one.length).sum();
             let sent = Sent {
                 wr_id: requests[index].wr_id,
                 token: requests[index].wr_id as u32,
                 signaled: send.flags & IBV_SEND_SIGNALED != 0,
                 doomed: !reasons.by_device.is_empty()
                     || !inline && self.has_unknown_key(&elements[..count]),
-                inline: inline.then(|| vec![pattern; length as usize]),
+                inline: inline.then(|| vec![pattern; total(&elements[..count]) as usize]),
             };
             self.sends[pair].accept(sent);
         }
@@ -295,6 +294,11 @@ impl Application {
         }
         assert!(self.sends[WITH_SHARED - 1].outstanding.is_empty());
     }
+}
+
+/// Bytes of all elements.
+fn total(elements: &[ibv_sge]) -> u64 {
+    elements.iter().map(|one| u64::from(one.length)).sum()
 }
 
 /// Two requests that nothing is wrong with.
