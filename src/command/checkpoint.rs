@@ -1,5 +1,6 @@
 //! `reverbs checkpoint`: one image of the whole job.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -13,9 +14,9 @@ use reverbs::image::{JobManifest, JobNode, NewImage};
 use super::cli::CheckpointOptions;
 use super::criu::Criu;
 use super::interrupt::Interrupt;
-use super::job::{Driver, ProcessTree, new_session, root_of};
+use super::job::{Driver, NodeId, ProcessTree, new_session, root_of};
 use super::node::{NodeReply, NodeRequest};
-use super::nodes::Ensemble;
+use super::nodes::{Direction, Ensemble, Launcher, Parcel, copy_all};
 use super::progress::{Progress, bytes, count};
 
 /// # Errors
@@ -43,6 +44,7 @@ pub(crate) fn save(options: &CheckpointOptions, quiet: bool) -> Result<PathBuf> 
     let mut checkpoint = Checkpoint {
         options,
         image: NewImage::create(&image_parent(options, root), root)?,
+        apart: BTreeSet::new(),
     };
     unfinished.note(checkpoint.image.folder())?;
     let mut progress = Progress::new(quiet);
@@ -69,6 +71,8 @@ fn image_parent(options: &CheckpointOptions, root: i32) -> PathBuf {
 struct Checkpoint<'a> {
     options: &'a CheckpointOptions,
     image: NewImage,
+    /// Nodes whose part has to be fetched.
+    apart: BTreeSet<NodeId>,
 }
 
 impl Checkpoint<'_> {
@@ -98,7 +102,7 @@ impl Checkpoint<'_> {
 
         let saved = driver.release().and_then(|()| {
             let (job, progress) = driver.parts();
-            self.save(job, progress, memory)
+            self.save(job, progress, interrupt, memory)
         });
         if let Err(error) = saved {
             driver.agents().tell(NodeRequest::Decide { done: false });
@@ -122,13 +126,19 @@ impl Checkpoint<'_> {
             return Err(driver.recover(error, "the image is dropped, the job runs on"));
         }
         let (job, progress) = driver.parts();
-        self.publish(job, progress)
+        self.publish(job, progress, interrupt)
             .context("no image was made, the job runs on")
     }
 
     /// All processes are frozen afterwards. Where they shall end, the image is there: what cannot be brought to disk must not
     /// cost the job.
-    fn save(&mut self, job: &mut Ensemble, progress: &mut Progress, memory: u64) -> Result<()> {
+    fn save(
+        &mut self,
+        job: &mut Ensemble,
+        progress: &mut Progress,
+        interrupt: &Interrupt,
+        memory: u64,
+    ) -> Result<()> {
         let began = Instant::now();
         let watch = progress.watch_growth(self.image.folder(), memory);
         let saved = job.all(NodeRequest::Save {
@@ -139,14 +149,18 @@ impl Checkpoint<'_> {
         });
         drop(watch);
         let (mut processes, mut carried) = (0, 0);
-        for (_, reply) in saved? {
+        for (node, reply) in saved? {
             if let NodeReply::Saved {
                 processes: here,
                 carried: files,
+                apart,
             } = reply
             {
                 processes += here;
                 carried += files;
+                if apart {
+                    self.apart.insert(node);
+                }
             }
         }
         progress.phase(
@@ -159,13 +173,18 @@ impl Checkpoint<'_> {
             ),
         );
         if self.options.stop {
-            self.publish(job, progress)?;
+            self.publish(job, progress, interrupt)?;
         }
         Ok(())
     }
 
     /// Every node's part is on disk before the image appears.
-    fn publish(&mut self, job: &mut Ensemble, progress: &mut Progress) -> Result<()> {
+    fn publish(
+        &mut self,
+        job: &mut Ensemble,
+        progress: &mut Progress,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
         let began = Instant::now();
         let phases = progress.times().to_vec();
         let mut parts = Vec::new();
@@ -186,6 +205,7 @@ impl Checkpoint<'_> {
                     bytes: *bytes,
                 });
             let nodes: Vec<JobNode> = nodes.collect();
+            self.fetch(&record.launcher, &nodes, progress, interrupt)?;
             require_parts(self.image.folder(), &nodes)?;
             JobManifest::new(record.id.clone(), self.options.stop, nodes)
                 .write(self.image.folder())?;
@@ -193,6 +213,30 @@ impl Checkpoint<'_> {
         self.image.publish()?;
         progress.phase("publish", began.elapsed(), &bytes(size));
         Ok(())
+    }
+
+    /// Brings here what nodes have saved on disks of their own.
+    fn fetch(
+        &self,
+        launcher: &Launcher,
+        nodes: &[JobNode],
+        progress: &mut Progress,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        let apart = (0..)
+            .zip(nodes)
+            .filter(|(place, _)| self.apart.contains(&NodeId(*place)));
+        let parcels = apart.map(|(_, node)| {
+            let part = self.image.folder().join(&node.folder);
+            Parcel {
+                node: node.name.clone(),
+                there: part.clone(),
+                here: part,
+                bytes: node.bytes,
+            }
+        });
+        let parcels: Vec<Parcel> = parcels.collect();
+        copy_all(launcher, Direction::Fetch, &parcels, progress, interrupt)
     }
 }
 
@@ -244,7 +288,7 @@ fn require_parts(folder: &Path, nodes: &[JobNode]) -> Result<()> {
     for node in nodes {
         anyhow::ensure!(
             folder.join(&node.folder).is_dir(),
-            "what node {} has saved is not to be seen here: --images needs a folder that all nodes share",
+            "node {} saw the folder of the image, but what it has saved there is not to be seen here",
             node.name
         );
     }

@@ -52,6 +52,9 @@ pub(crate) enum Command {
     Node {
         #[arg(long)]
         start: bool,
+
+        #[arg(long, conflicts_with = "start")]
+        copy: bool,
     },
 }
 

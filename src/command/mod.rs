@@ -47,8 +47,9 @@ pub(crate) fn main() -> ExitCode {
         Command::Resume(options) => resume::resume(&options, cli.quiet),
         Command::Status(options) => status::status(&options),
         Command::Remote { host, command } => nodes::start::remote(&host, &command),
-        Command::Node { start: true } => nodes::start::start_here(),
-        Command::Node { start: false } => nodes::serve(),
+        Command::Node { start: true, .. } => nodes::start::start_here(),
+        Command::Node { copy: true, .. } => nodes::serve_copy(),
+        Command::Node { .. } => nodes::serve(),
     };
     outcome.unwrap_or_else(|error| {
         // One line: tools and people look for it.

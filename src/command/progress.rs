@@ -43,6 +43,17 @@ impl Progress {
 
     /// On a terminal: a bar that follows the bytes below `folder` until the watch is dropped.
     pub(crate) fn watch_growth(&self, folder: &Path, expected: u64) -> Watch {
+        let folder = folder.to_owned();
+        self.watch("save", expected, move || bytes_below(&folder))
+    }
+
+    /// On a terminal: a bar that follows the bytes that `position` gives until the watch is dropped.
+    pub(crate) fn watch(
+        &self,
+        phase: &str,
+        expected: u64,
+        position: impl Fn() -> u64 + Send + 'static,
+    ) -> Watch {
         let bar = if self.quiet {
             ProgressBar::hidden()
         } else {
@@ -50,15 +61,18 @@ impl Progress {
             ProgressBar::new(expected)
         };
         bar.set_style(
-            ProgressStyle::with_template("reverbs: save [{bar:30}] {bytes} of about {total_bytes}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar()),
+            ProgressStyle::with_template(
+                "reverbs: {msg} [{bar:30}] {bytes} of about {total_bytes}",
+            )
+            .unwrap_or_else(|_| ProgressStyle::default_bar()),
         );
+        bar.set_message(phase.to_owned());
         let over = Arc::new(AtomicBool::new(false));
         let watcher = (!bar.is_hidden()).then(|| {
-            let (folder, bar, over) = (folder.to_owned(), bar.clone(), Arc::clone(&over));
+            let (bar, over) = (bar.clone(), Arc::clone(&over));
             std::thread::spawn(move || {
                 while !over.load(Ordering::Relaxed) {
-                    bar.set_position(bytes_below(&folder));
+                    bar.set_position(position());
                     std::thread::sleep(Duration::from_millis(100));
                 }
             })

@@ -13,7 +13,7 @@ use super::interrupt::Interrupt;
 use super::job::{Driver, NodeId, new_session};
 use super::network::{Overlay, OverlayNode};
 use super::node::{ImagePart, NodeReply, NodeRequest, Outputs};
-use super::nodes::{Ensemble, JobRecord, Launcher, RecordedNode};
+use super::nodes::{Direction, Ensemble, JobRecord, Launcher, Parcel, RecordedNode, copy_all};
 use super::progress::{Progress, bytes, count};
 use super::secret::Secret;
 
@@ -96,7 +96,7 @@ struct Plan {
 #[derive(Debug)]
 struct PlannedNode {
     part: ImagePart,
-    root: i32,
+    bytes: u64,
     /// The node that takes its place.
     now: String,
 }
@@ -115,17 +115,21 @@ impl Plan {
                 options.image.display()
             );
             let image = Image::open(&options.image)?;
+            let root = image.manifest.root;
+            let bytes = image.manifest.bytes();
             let part = ImagePart {
                 label: label(&image.folder),
+                // There is no other node.
+                copy: image.folder.clone(),
                 folder: image.folder,
+                root,
             };
-            let root = image.manifest.root;
             return Ok(Self {
                 root,
                 job: None,
                 nodes: vec![PlannedNode {
                     part,
-                    root,
+                    bytes,
                     now: String::new(),
                 }],
                 launcher,
@@ -137,9 +141,11 @@ impl Plan {
             nodes.push(PlannedNode {
                 part: ImagePart {
                     folder: image.node_folder(known),
+                    copy: image.copied_folder(known),
                     label: format!("{}.{}", label(&image.folder), known.name),
+                    root: known.root,
                 },
-                root: known.root,
+                bytes: known.bytes,
                 now: known.name.clone(),
             });
         }
@@ -165,13 +171,36 @@ impl Plan {
             };
             nodes[place].now.clone_from(&moved.to);
         }
-        let root = nodes.first().context("an image without nodes")?.root;
+        let root = nodes.first().context("an image without nodes")?.part.root;
         Ok(Self {
             root,
             job: Some(image.manifest.id),
             nodes,
             launcher,
         })
+    }
+
+    /// Parts that their nodes do not see.
+    fn parcels(&self, claimed: &[(NodeId, NodeReply)]) -> Result<Vec<Parcel>> {
+        let mut parcels = Vec::new();
+        for ((node, reply), planned) in claimed.iter().zip(&self.nodes) {
+            if !matches!(reply, NodeReply::Claimed { here: false }) {
+                continue;
+            }
+            let here = planned.part.folder.clone();
+            ensure!(
+                *node != NodeId::FIRST && here.is_dir(),
+                "{} is missing: the image is damaged, use another one",
+                here.display()
+            );
+            parcels.push(Parcel {
+                node: planned.now.clone(),
+                there: planned.part.copy.clone(),
+                here,
+                bytes: planned.bytes,
+            });
+        }
+        Ok(parcels)
     }
 }
 
@@ -182,11 +211,21 @@ fn bring_back(
     progress: &mut Progress,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    let began = Instant::now();
-    let opened = Opened::of(job.all(NodeRequest::Open {
+    let claimed = job.all(NodeRequest::Claim {
         parts: plan.nodes.iter().map(|node| node.part.clone()).collect(),
-        files: options.files,
-    })?);
+    })?;
+    let parcels = plan.parcels(&claimed)?;
+    copy_all(
+        &plan.launcher,
+        Direction::Send,
+        &parcels,
+        progress,
+        interrupt,
+    )?;
+
+    let began = Instant::now();
+    let files = options.files;
+    let opened = Opened::of(job.all(NodeRequest::Open { files })?);
     progress.phase(
         "verify",
         began.elapsed(),
@@ -343,7 +382,7 @@ fn leave_record(plan: &Plan) -> Result<()> {
             .iter()
             .map(|node| RecordedNode {
                 name: node.now.clone(),
-                root: node.root,
+                root: node.part.root,
             })
             .collect(),
     };

@@ -109,4 +109,11 @@ impl JobImage {
     pub fn node_folder(&self, node: &JobNode) -> PathBuf {
         self.folder.join(&node.folder)
     }
+
+    /// Where a node gets its part that does not see the image: beside where it would be, and hidden.
+    pub fn copied_folder(&self, node: &JobNode) -> PathBuf {
+        let image = self.folder.file_name().unwrap_or_default();
+        let name = format!(".{}.{}", image.display(), node.folder.display());
+        self.folder.with_file_name(name)
+    }
 }

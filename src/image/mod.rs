@@ -9,6 +9,7 @@ mod checksum;
 mod job;
 mod manifest;
 mod open;
+mod scratch;
 mod writer;
 
 pub use job::{JobImage, JobManifest, JobNode};
@@ -17,6 +18,7 @@ pub use manifest::{
     OutsidePipe, PhaseTime, TcpConnection, WrittenFile,
 };
 pub use open::Image;
+pub use scratch::ScratchFolder;
 pub use writer::{NewImage, NewPart, timestamp};
 
 const MANIFEST: &str = "manifest.json";

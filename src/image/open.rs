@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::checksum::{self, Durability};
 use super::manifest::{CarriedKind, FORMAT, Header, Manifest, VERSION};
+use super::writer::sync_folder;
 use super::{CRIU_FOLDER, FILES_FOLDER, MANIFEST, MANIFEST_SUM};
 
 /// An image whose manifest holds.
@@ -37,6 +38,27 @@ impl Image {
     /// # Errors
     /// A file is missing or is not what was written.
     pub fn verify(&self) -> Result<()> {
+        self.compare(Durability::ReadOnly)
+    }
+
+    /// The same for one that was just copied here, and brings it to disk.
+    ///
+    /// # Errors
+    /// As [`Image::verify`]; it cannot be brought to disk.
+    pub fn settle(&self) -> Result<()> {
+        self.compare(Durability::Sync)?;
+        for name in [MANIFEST, MANIFEST_SUM] {
+            std::fs::File::open(self.folder.join(name))
+                .and_then(|file| file.sync_all())
+                .with_context(|| format!("cannot bring {name} to disk"))?;
+        }
+        for folder in [&self.criu_folder(), &self.files_folder(), &self.folder] {
+            sync_folder(folder)?;
+        }
+        Ok(())
+    }
+
+    fn compare(&self, durability: Durability) -> Result<()> {
         let check = || -> Result<()> {
             for expected in &self.manifest.contents {
                 let found = std::fs::symlink_metadata(self.folder.join(&expected.path))
@@ -50,7 +72,7 @@ impl Image {
                 .iter()
                 .map(|file| file.path.clone())
                 .collect();
-            let found = checksum::measure(&self.folder, &paths, Durability::ReadOnly)?;
+            let found = checksum::measure(&self.folder, &paths, durability)?;
             let mut expected = self.manifest.contents.clone();
             expected.sort_unstable_by(|one, other| one.path.cmp(&other.path));
             for (expected, found) in expected.iter().zip(&found) {

@@ -168,12 +168,12 @@ pub(super) fn write_guarded<T: Serialize>(
     Ok(())
 }
 
-fn make_private(path: &Path) -> std::io::Result<()> {
+pub(super) fn make_private(path: &Path) -> std::io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
 
 /// What a checkpoint of this job has left that was killed half-way. Nobody works on it: the caller holds the job's lock.
-fn remove_abandoned(parent: &Path, beginning: &str, end: &str) {
+pub(super) fn remove_abandoned(parent: &Path, beginning: &str, end: &str) {
     let Ok(entries) = std::fs::read_dir(parent) else {
         return;
     };

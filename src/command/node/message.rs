@@ -60,11 +60,10 @@ pub(crate) enum NodeRequest {
     Seal { phases: Vec<PhaseTime> },
     /// Lets go of the frozen processes: to run, or to end where that was asked for and `done`.
     Decide { done: bool },
-    /// Checks an image and whether it can be restored here: [`NodeReply::Opened`]. Nothing is changed.
-    Open {
-        parts: Vec<ImagePart>,
-        files: FilePolicy,
-    },
+    /// From here on nobody else restores that part, by node: [`NodeReply::Claimed`].
+    Claim { parts: Vec<ImagePart> },
+    /// Checks the part and whether it can be restored here: [`NodeReply::Opened`]. Nothing is changed.
+    Open { files: FilePolicy },
     /// The processes will live in a network of their own.
     Join { overlay: Overlay },
     /// Puts files back: [`NodeReply::Files`].
@@ -87,6 +86,10 @@ pub(crate) enum NodeRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ImagePart {
     pub(crate) folder: PathBuf,
+    /// Where it is brought on a node that does not see that folder.
+    pub(crate) copy: PathBuf,
+    /// Root of its process tree.
+    pub(crate) root: i32,
     /// Names files that are kept when others are put in their place.
     pub(crate) label: String,
 }
@@ -113,9 +116,15 @@ pub(crate) enum NodeReply {
         processes: usize,
         /// Files carried.
         carried: usize,
+        /// On a disk of this node: it does not see the folder that the first has made.
+        apart: bool,
     },
     Sealed {
         bytes: u64,
+    },
+    Claimed {
+        /// This node sees the part.
+        here: bool,
     },
     Opened {
         bytes: u64,
@@ -149,6 +158,7 @@ impl NodeRequest {
             Self::Save { .. } => "save",
             Self::Seal { .. } => "seal",
             Self::Decide { .. } => "decide",
+            Self::Claim { .. } => "claim",
             Self::Open { .. } => "open",
             Self::Join { .. } => "join",
             Self::PutFiles => "put files",

@@ -1,6 +1,7 @@
 //! What is done on each node of a job: the same on the only one, on the first of many, and on the others (there by
 //! `reverbs node`). `part` answers requests; `save` and `restore` are the long ones.
 
+mod claim;
 mod message;
 mod part;
 mod requirements;

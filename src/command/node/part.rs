@@ -8,6 +8,7 @@ use procfs::process::Process;
 
 use reverbs::control::message::{ProcessStatus, Reply, Request};
 
+use super::claim::Claim;
 use super::message::{NodeReply, NodeRequest};
 use super::restore::{Outputs, Restoring};
 use super::save::{Findings, Saving};
@@ -28,6 +29,7 @@ pub(crate) struct Part {
     node: NodeId,
     runtime_folder: PathBuf,
     attached: Option<Attached>,
+    claim: Option<Claim>,
     restoring: Option<Restoring>,
     outputs: Outputs,
 }
@@ -50,6 +52,7 @@ impl Part {
             node,
             runtime_folder,
             attached: None,
+            claim: None,
             restoring: None,
             outputs,
         }
@@ -66,12 +69,18 @@ impl Part {
                 job,
                 driving,
             } => self.attach(roots, job.as_deref(), *driving)?,
-            NodeRequest::Open { parts, files } => {
+            NodeRequest::Claim { parts } => {
                 let index = usize::try_from(self.node.0)?;
                 let part = parts.get(index).context("the image has no such part")?;
-                let lock = |root| self.lock(root);
-                let several = parts.len() > 1;
-                let restoring = Restoring::open(part, several, *files, &self.runtime_folder, lock)?;
+                let lock = self.lock(part.root)?;
+                let claim = Claim::new(part.clone(), parts.len() > 1, lock);
+                let here = claim.is_here();
+                self.claim = Some(claim);
+                return Ok(NodeReply::Claimed { here });
+            }
+            NodeRequest::Open { files } => {
+                let claim = self.claim.take().context("nobody has claimed a part")?;
+                let restoring = Restoring::open(claim, *files, &self.runtime_folder)?;
                 let opened = restoring.facts();
                 self.restoring = Some(restoring);
                 return Ok(opened);
@@ -133,6 +142,7 @@ impl Part {
         let Some(restoring) = self.restoring.as_mut() else {
             // Where nothing was opened, nothing has to be ended.
             ensure!(*request == NodeRequest::Kill, "no image is open");
+            self.claim = None;
             return Ok(NodeReply::Done);
         };
         match request {
@@ -233,7 +243,7 @@ impl Attached {
                     true => parts.join(self.agents.node().0.to_string()),
                     false => parts.clone(),
                 };
-                let (saving, saved) = Saving::begin(findings, &folder, image, *stop)?;
+                let (saving, saved) = Saving::begin(findings, parts, &folder, image, *stop)?;
                 self.saving = Some(saving);
                 saved
             }

@@ -16,7 +16,8 @@ use reverbs::control::message::{PROTOCOL_VERSION, Phase, Reply, Request};
 use reverbs::control::socket::agent_socket;
 use reverbs::image::{Image, Manifest};
 
-use super::message::{ImagePart, NodeReply};
+use super::claim::Claim;
+use super::message::NodeReply;
 use super::requirements;
 use crate::command::criu::{Criu, RestoreFailure, WorkFolder};
 use crate::command::files::{FilePolicy, cut_back, put_back};
@@ -33,10 +34,9 @@ const BETWEEN_ATTEMPTS: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Restoring {
     image: Image,
-    label: String,
+    claim: Claim,
     files: FilePolicy,
     runtime_folder: std::path::PathBuf,
-    lock: Option<JobLock>,
     overlay: Option<Namespace>,
     hold: Option<Hold>,
     stage: Stage,
@@ -56,15 +56,9 @@ impl Restoring {
     ///
     /// # Errors
     /// It is damaged, or something is in its way: named with the remedy.
-    pub(super) fn open(
-        part: &ImagePart,
-        several_nodes: bool,
-        files: FilePolicy,
-        runtime_folder: &Path,
-        lock: impl FnOnce(i32) -> Result<JobLock>,
-    ) -> Result<Self> {
+    pub(super) fn open(claim: Claim, files: FilePolicy, runtime_folder: &Path) -> Result<Self> {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-        let image = Image::open(&part.folder)?;
+        let image = Image::open(claim.folder())?;
         image.verify()?;
         let manifest = &image.manifest;
         Criu::find()?;
@@ -74,15 +68,13 @@ impl Restoring {
                 manifest.runtime_folder.display()
             );
         }
-        let lock = lock(manifest.root)?;
         refuse_half_restored(manifest, runtime_folder)?;
         wait_for_ids(&manifest.ids())?;
-        requirements::check(manifest, several_nodes)?;
+        requirements::check(manifest, claim.several_nodes)?;
         Ok(Self {
-            label: part.label.clone(),
+            claim,
             files,
             runtime_folder: runtime_folder.to_owned(),
-            lock: Some(lock),
             overlay: None,
             hold: None,
             stage: Stage::NothingChanged,
@@ -116,7 +108,10 @@ impl Restoring {
     }
 
     pub(super) fn take_lock(&mut self) -> Result<JobLock> {
-        self.lock.take().context("the job is restored already")
+        self.claim
+            .lock
+            .take()
+            .context("the job is restored already")
     }
 
     pub(super) fn join(&mut self, overlay: &Overlay, node: NodeId) -> Result<()> {
@@ -130,12 +125,17 @@ impl Restoring {
             Some(_) => Vec::new(),
             None => unreachable(&manifest.addresses),
         };
-        cut_back(&manifest.written_files, self.files, &self.label, &mut notes)?;
+        cut_back(
+            &manifest.written_files,
+            self.files,
+            self.claim.label(),
+            &mut notes,
+        )?;
         let restored = put_back(
             &manifest.carried,
             &self.image.files_folder(),
             self.files,
-            &self.label,
+            self.claim.label(),
             &mut notes,
         )?;
         for process in &manifest.processes {
@@ -227,6 +227,7 @@ impl Restoring {
 
     pub(super) fn keep(&mut self) {
         self.stage = Stage::Kept;
+        self.claim.remove_copy();
     }
 
     /// Returns when none of the restored processes is left.

@@ -11,7 +11,9 @@ use procfs::process::{MMPermissions, MMapPath, Process};
 
 use reverbs::control::message::ProcessStatus;
 use reverbs::control::socket::runtime_dir;
-use reverbs::image::{CriuFacts, ImageProcess, Library, Manifest, NewPart, PhaseTime, timestamp};
+use reverbs::image::{
+    CriuFacts, ImageProcess, Library, Manifest, NewPart, PhaseTime, ScratchFolder, timestamp,
+};
 
 use super::message::NodeReply;
 use super::part::examine;
@@ -81,24 +83,32 @@ pub(super) struct Saving {
     stop: bool,
     image: PathBuf,
     part: NewPart,
+    /// The folder above it, where it is not that of the first node: removed with this.
+    _apart: Option<ScratchFolder>,
     manifest: Manifest,
     decision: Option<Sender<bool>>,
     criu: Option<JoinHandle<Result<()>>>,
 }
 
 impl Saving {
-    /// Saves the tree into `folder`; it is frozen then.
+    /// Saves the tree into `folder`, which may be below `parts`; it is frozen then.
     ///
     /// # Errors
     /// It cannot be saved; it runs on.
     pub(super) fn begin(
         findings: Findings,
+        parts: &Path,
         folder: &Path,
         image: &Path,
         stop: bool,
     ) -> Result<(Self, NodeReply)> {
         // Whatever is made from here on holds memory of the job.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+        // Its name is new, so that no cache of a shared file system knows better.
+        let apart = match parts.is_dir() {
+            true => None,
+            false => Some(ScratchFolder::create(parts)?),
+        };
         // Processes may have opened files since the first look.
         let (tree, held, preflight) = examine(findings.root, findings.largest_deleted)?;
         preflight::require_no_rdma(&held)?;
@@ -133,6 +143,7 @@ impl Saving {
         let saved = NodeReply::Saved {
             processes: manifest.processes.len(),
             carried: manifest.carried.len(),
+            apart: apart.is_some(),
         };
         let saving = Self {
             connections: HeldConnections::of(tree.root(), &tree.pids()),
@@ -140,6 +151,7 @@ impl Saving {
             stop,
             image: image.to_owned(),
             part,
+            _apart: apart,
             manifest,
             decision: Some(decision),
             criu: Some(criu),

@@ -5,7 +5,7 @@
 //! seconds, so an end that has said nothing for [`SILENCE`] is gone or cut off.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,17 +13,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hmac::{Hmac, Mac};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 
 use reverbs::control::socket::{Incoming, send_frame};
 
+use super::stream::{SILENCE, is_ready, never_block, wait_for};
 use crate::command::secret::Secret;
 
-/// How long the other end may say nothing.
-pub(super) const SILENCE: Duration = Duration::from_secs(20);
 const BEAT: Duration = Duration::from_secs(2);
 const MAC_BYTES: usize = 32;
 
@@ -116,8 +115,7 @@ pub(super) fn begin(
     greeting: &Greeting,
 ) -> io::Result<(Reader, Writer)> {
     for stream in [input.as_fd(), output.as_fd()] {
-        let flags = rustix::fs::fcntl_getfl(stream)?;
-        rustix::fs::fcntl_setfl(stream, flags | rustix::fs::OFlags::NONBLOCK)?;
+        never_block(stream)?;
     }
     let them = match us {
         End::Parent => End::Child,
@@ -176,29 +174,19 @@ impl Writer {
     /// # Errors
     /// The other end takes nothing any more.
     pub(super) fn send<T: Serialize>(&self, message: &T) -> io::Result<()> {
-        self.write(&Frame::Message { message })
+        self.lock().write(&Frame::Message { message })
     }
 
-    fn write<T: Serialize>(&self, frame: &Frame<T>) -> io::Result<()> {
-        let body = serde_json::to_vec(frame)?;
+    /// Where nobody reads, as they have other things to do, nobody misses a beat: nothing that was begun may wait.
+    fn beat(&self) -> io::Result<()> {
         let mut end = self.lock();
-        let mut sealed = end.sealer.next(&body).finalize().into_bytes().to_vec();
-        sealed.extend_from_slice(&body);
-        let mut bytes = Vec::with_capacity(sealed.len() + size_of::<u32>());
-        send_frame(&mut bytes, &sealed)?;
-        let mut left = bytes.as_slice();
-        let stream = end.stream.as_mut().ok_or(ErrorKind::BrokenPipe)?;
-        while !left.is_empty() {
-            match stream.write(left) {
-                Ok(written) => left = &left[written..],
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    wait_for(stream, PollFlags::OUT, Instant::now() + SILENCE)?;
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+        let Some(stream) = &end.stream else {
+            return Err(ErrorKind::BrokenPipe.into());
+        };
+        match is_ready(stream, PollFlags::OUT)? {
+            true => end.write::<()>(&Frame::Beat { beat: true }),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// The other end reads an end of file.
@@ -211,18 +199,26 @@ impl Writer {
     }
 }
 
-fn wait_for(stream: &File, what: PollFlags, until: Instant) -> io::Result<()> {
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ErrorKind::TimedOut.into());
+impl WriterEnd {
+    fn write<T: Serialize>(&mut self, frame: &Frame<T>) -> io::Result<()> {
+        let body = serde_json::to_vec(frame)?;
+        let mut sealed = self.sealer.next(&body).finalize().into_bytes().to_vec();
+        sealed.extend_from_slice(&body);
+        let mut bytes = Vec::with_capacity(sealed.len() + size_of::<u32>());
+        send_frame(&mut bytes, &sealed)?;
+        let mut left = bytes.as_slice();
+        let stream = self.stream.as_mut().ok_or(ErrorKind::BrokenPipe)?;
+        while !left.is_empty() {
+            match stream.write(left) {
+                Ok(written) => left = &left[written..],
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    wait_for(stream, PollFlags::OUT, Instant::now() + SILENCE)?;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
-        let left = Timespec::try_from(left).map_err(io::Error::other)?;
-        match poll(&mut [PollFd::new(stream, what)], Some(&left)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
+        Ok(())
     }
 }
 
@@ -239,7 +235,7 @@ impl Keeper {
         let thread = std::thread::spawn(move || {
             while stopped.recv_timeout(BEAT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 // One that is gone is noticed by who waits for its answer.
-                let _ = writer.write::<()>(&Frame::Beat { beat: true });
+                let _ = writer.beat();
             }
         });
         Self {
@@ -256,30 +252,6 @@ impl Drop for Keeper {
             let _ = thread.join();
         }
     }
-}
-
-/// Reads a line of at most `limit` bytes, and no byte more.
-///
-/// # Errors
-/// Those of the stream; a longer line; nothing for [`SILENCE`].
-pub(super) fn read_line(stream: &mut File, limit: usize) -> io::Result<String> {
-    let mut line = Vec::new();
-    let until = Instant::now() + SILENCE;
-    loop {
-        wait_for(stream, PollFlags::IN, until)?;
-        let mut byte = [0];
-        match stream.read(&mut byte) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(_) if byte[0] == b'\n' => break,
-            Ok(_) => line.push(byte[0]),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-        if line.len() > limit {
-            return Err(ErrorKind::InvalidData.into());
-        }
-    }
-    String::from_utf8(line).map_err(|_| ErrorKind::InvalidData.into())
 }
 
 #[cfg(test)]
@@ -321,7 +293,7 @@ mod tests {
             let (long, writer) = (long.clone(), writer);
             move || {
                 writer.send(&"first").unwrap();
-                writer.write::<()>(&Frame::Beat { beat: true }).unwrap();
+                writer.beat().unwrap();
                 writer.send(&long).unwrap();
             }
         });

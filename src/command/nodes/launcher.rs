@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -71,4 +72,38 @@ impl Launcher {
 /// This command is at the same place on all nodes.
 fn executable() -> Result<PathBuf> {
     std::env::current_exe().context("cannot find this command itself")
+}
+
+/// The last line that a launcher has written to its standard error.
+pub(super) struct LastLine {
+    line: Arc<Mutex<String>>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl LastLine {
+    pub(super) fn of(stream: Option<std::process::ChildStderr>) -> Option<Self> {
+        let stream = std::io::BufReader::new(stream?);
+        let line = Arc::new(Mutex::new(String::new()));
+        let thread = std::thread::spawn({
+            let line = Arc::clone(&line);
+            move || {
+                for said in std::io::BufRead::lines(stream).map_while(Result::ok) {
+                    tracing::info!(said, "another node");
+                    if !said.trim().is_empty() {
+                        *line.lock().unwrap_or_else(PoisonError::into_inner) =
+                            said.trim().to_owned();
+                    }
+                }
+            }
+        });
+        Some(Self { line, thread })
+    }
+
+    pub(super) fn wait(self) -> String {
+        let _ = self.thread.join();
+        self.line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
 }

@@ -9,15 +9,15 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use super::channel::{self, End, Greeting, Keeper, Reader, Writer, read_line};
-use super::launcher::Launcher;
+use super::channel::{self, End, Greeting, Keeper, Reader, Writer};
+use super::launcher::{LastLine, Launcher};
 use super::reach::{Ask, Handle, Reach};
+use super::stream::{SILENCE, read_line};
 use crate::command::job::NodeId;
 use crate::command::node::{NodeReply, NodeRequest, Part};
 use crate::command::secret::{Handover, Secret, hexadecimal};
@@ -25,7 +25,7 @@ use crate::command::secret::{Handover, Secret, hexadecimal};
 /// Begins the first line that `reverbs node` prints; a login shell may print others before.
 pub(super) const MAGIC: &str = "reverbs-node ";
 /// Raised by every change that the other end would misread.
-pub(super) const NODES_VERSION: u32 = 1;
+pub(super) const NODES_VERSION: u32 = 2;
 const LONGEST_LINE: usize = 1 << 16;
 
 /// The first line that a parent writes, in clear.
@@ -374,7 +374,7 @@ fn greet(child: &mut Child, above: &Subtree, secret: &Secret) -> Result<(Reader,
     let answer = loop {
         let line = read_line(&mut output, LONGEST_LINE).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => anyhow!("it ended without an answer"),
-            io::ErrorKind::TimedOut => anyhow!("no answer within {} s", channel::SILENCE.as_secs()),
+            io::ErrorKind::TimedOut => anyhow!("no answer within {} s", SILENCE.as_secs()),
             _ => anyhow!(error),
         })?;
         if let Some(answer) = line.strip_prefix(MAGIC) {
@@ -418,43 +418,9 @@ fn explain(error: &io::Error, name: &str, what: &str) -> String {
         }
         io::ErrorKind::TimedOut => format!(
             "node {name} has said nothing for {} s at \"{what}\": is it off, or cut from the network?",
-            channel::SILENCE.as_secs()
+            SILENCE.as_secs()
         ),
         _ => format!("node {name} at \"{what}\": {error}"),
-    }
-}
-
-/// The last line that a launcher has written to its standard error.
-struct LastLine {
-    line: Arc<Mutex<String>>,
-    thread: std::thread::JoinHandle<()>,
-}
-
-impl LastLine {
-    fn of(stream: Option<std::process::ChildStderr>) -> Option<Self> {
-        let stream = io::BufReader::new(stream?);
-        let line = Arc::new(Mutex::new(String::new()));
-        let thread = std::thread::spawn({
-            let line = Arc::clone(&line);
-            move || {
-                for said in io::BufRead::lines(stream).map_while(Result::ok) {
-                    tracing::info!(said, "another node");
-                    if !said.trim().is_empty() {
-                        *line.lock().unwrap_or_else(PoisonError::into_inner) =
-                            said.trim().to_owned();
-                    }
-                }
-            }
-        });
-        Some(Self { line, thread })
-    }
-
-    fn wait(self) -> String {
-        let _ = self.thread.join();
-        self.line
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
     }
 }
 

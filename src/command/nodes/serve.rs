@@ -8,10 +8,11 @@ use std::sync::mpsc::channel;
 
 use anyhow::{Context, Result, bail};
 
-use super::channel::{self, End, Greeting, Keeper, read_line};
+use super::channel::{self, End, Greeting, Keeper};
 use super::relay::{
     Call, HelloChild, HelloParent, MAGIC, NODES_VERSION, Relay, Subtree, nonce, runtime_folder,
 };
+use super::stream::read_line;
 use crate::command::node::{Outputs, Part};
 use crate::command::secret::Secret;
 

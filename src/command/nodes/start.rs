@@ -19,10 +19,10 @@ use serde::{Deserialize, Serialize};
 
 use reverbs::control::socket;
 
-use super::channel::read_line;
 use super::launcher::Launcher;
 use super::record::{JobRecord, RecordedNode};
 use super::relay::{MAGIC, runtime_folder};
+use super::stream::read_line;
 use crate::command::node::JOB_VARIABLE;
 use crate::command::secret::Secret;
 

@@ -119,6 +119,51 @@ impl<'a> Launched<'a> {
         Ok(running.output()?)
     }
 
+    /// From now on each node but the first has a disk of its own where the images are.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub fn keep_images_apart(&self, cluster: &Cluster) -> Result<()> {
+        let folder = images(self.context);
+        fs::create_dir_all(&folder)?;
+        for node in cluster.nodes().iter().skip(1) {
+            node.shell(&format!("mount -t tmpfs own '{}'", folder.display()))?;
+        }
+        Ok(())
+    }
+
+    /// On those disks is nothing: what was made there is on the first node's, and what came there is not needed any more.
+    ///
+    /// # Errors
+    /// When there is something.
+    pub fn nothing_apart(&self, cluster: &Cluster) -> Result<()> {
+        for node in cluster.nodes().iter().skip(1) {
+            let left = node.shell(&format!("ls -A '{}'", images(self.context).display()))?;
+            ensure!(left.is_empty(), "{} has {left}", node.name());
+        }
+        Ok(())
+    }
+
+    /// The last command has said that this phase is over.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub fn require_phase(&self, phase: &str) -> Result<()> {
+        let mut errors = String::new();
+        for verb in ["checkpoint", "restart"] {
+            let file = self
+                .context
+                .folder
+                .join(format!("{verb}-{}.err", self.commands));
+            errors += &fs::read_to_string(file).unwrap_or_default();
+        }
+        ensure!(
+            errors.contains(&format!("reverbs: {phase} ")),
+            "no phase {phase}: {errors}"
+        );
+        Ok(())
+    }
+
     /// Nobody of the job is stopped, no packet of it is dropped, and no partial image is there.
     ///
     /// # Errors

@@ -42,6 +42,9 @@ pub enum How {
     ThereAndBack,
     /// On the same nodes, with nobody to wait for it.
     Unattended,
+    /// The folder of images is on each node's own disk. It is saved while it runs on, then stopped, and restarted on other
+    /// nodes.
+    OwnDisks,
     /// From an image under which it had run on, after the processes of one node had died.
     AfterDeath,
 }
@@ -67,6 +70,8 @@ const SAVED: &[Saved] = &[
     saved("restart-replaced-3", 3, How::ReplacedNode),
     saved("restart-there-and-back-2", 2, How::ThereAndBack),
     saved("restart-unattended-2", 2, How::Unattended),
+    saved("own-disks-2", 2, How::OwnDisks),
+    saved("own-disks-3", 3, How::OwnDisks),
     saved("restart-after-death-3", 3, How::AfterDeath),
 ];
 
@@ -140,6 +145,19 @@ pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
             let image = job.checkpoint_and_stop(&cluster)?;
             let rounds = job.restart_unattended(&cluster, &image)?;
             return Ok(format!("{rounds} rounds"));
+        }
+        How::OwnDisks => {
+            job.keep_images_apart(&cluster)?;
+            job.checkpoint(&cluster)?;
+            job.nothing_apart(&cluster)?;
+            let image = job.checkpoint_and_stop(&cluster)?;
+            job.require_phase("fetch")?;
+            job.nothing_apart(&cluster)?;
+            replace(&mut cluster, &others(saved.nodes))?;
+            job.keep_images_apart(&cluster)?;
+            job.restart(&cluster, &image, &moves(&own, &others(saved.nodes)))?;
+            job.require_phase("send")?;
+            job.nothing_apart(&cluster)?;
         }
         How::AfterDeath => {
             let image = job.checkpoint(&cluster)?;

@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use reverbs::control::message::Request;
 
-use super::super::channel::SILENCE;
 use super::super::reach::{Ask, Handle, Reach};
 use super::super::relay::{Answers, Call, Relay};
+use super::super::stream::SILENCE;
 use super::cluster::{Cluster, Fault, Node, index};
 use crate::command::job::{AgentFailure, Agents, NodeId, Whose, patience};
 use crate::command::node::{NodeReply, NodeRequest};
