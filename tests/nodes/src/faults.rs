@@ -144,6 +144,10 @@ const LAST_OF_CHECKPOINT: &str = "publish";
 /// The same of a restart.
 const RESTART_PHASES: [&str; 2] = ["verify", "restore"];
 
+/// Where images are on disks that the first node does not see: they are fetched after the one and were sent before the other.
+const OWN_DISKS_PHASES: [(During, &str); 2] =
+    [(During::Checkpoint, "save"), (During::Restart, "send")];
+
 /// A fault in one phase.
 #[derive(Clone, Copy, Debug)]
 pub struct Broken {
@@ -151,6 +155,18 @@ pub struct Broken {
     /// It happens when this phase is over.
     phase: &'static str,
     during: During,
+    /// The images are on each node's own disk.
+    own_disks: bool,
+}
+
+impl Broken {
+    fn mend(&self, cluster: &mut Cluster, context: &Context<'_>, job: &Launched<'_>) -> Result<()> {
+        self.fault.mend(cluster, context)?;
+        if self.own_disks && self.fault == Fault::PowerOff {
+            job.keep_images_apart(cluster)?;
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -167,26 +183,36 @@ pub fn cases() -> Vec<Case> {
         let during_restart = RESTART_PHASES.map(|phase| (During::Restart, phase));
         for (during, phase) in during_checkpoint.into_iter().chain(during_restart) {
             // A restart writes no image, and room is needed once.
-            if fault == Fault::FullDisk && phase != CHECKPOINT_PHASES[0] {
-                continue;
+            if fault != Fault::FullDisk || phase == CHECKPOINT_PHASES[0] {
+                cases.push(case(fault, name, during, phase, false));
             }
-            let verb = match during {
-                During::Checkpoint => "checkpoint",
-                During::Restart => "restart",
-            };
-            cases.push(Case {
-                name: format!("fault-{name}-{verb}-{phase}"),
-                needs_reverbs: true,
-                limit: LIMIT,
-                action: Action::Broken(Broken {
-                    fault,
-                    phase,
-                    during,
-                }),
-            });
+        }
+        if fault != Fault::FullDisk {
+            cases.extend(
+                OWN_DISKS_PHASES.map(|(during, phase)| case(fault, name, during, phase, true)),
+            );
         }
     }
     cases
+}
+
+fn case(fault: Fault, name: &str, during: During, phase: &'static str, own_disks: bool) -> Case {
+    let verb = match during {
+        During::Checkpoint => "checkpoint",
+        During::Restart => "restart",
+    };
+    let disks = if own_disks { "own-disks-" } else { "" };
+    Case {
+        name: format!("fault-{name}-{disks}{verb}-{phase}"),
+        needs_reverbs: true,
+        limit: LIMIT,
+        action: Action::Broken(Broken {
+            fault,
+            phase,
+            during,
+            own_disks,
+        }),
+    }
 }
 
 /// Runs a case.
@@ -196,10 +222,16 @@ pub fn cases() -> Vec<Case> {
 pub fn run(broken: &Broken, context: &Context<'_>) -> Result<String> {
     let mut cluster = context.cluster(&usual(NODES))?;
     let mut job = Launched::start(context, &cluster)?;
+    if broken.own_disks {
+        job.keep_images_apart(&cluster)?;
+    }
     let remark = match broken.during {
         During::Checkpoint => in_checkpoint(broken, context, &mut cluster, &mut job)?,
         During::Restart => in_restart(broken, context, &mut cluster, &mut job)?,
     };
+    if broken.own_disks {
+        job.nothing_apart(&cluster)?;
+    }
     let rounds = job.finish(&cluster)?;
     Ok(format!("{rounds} rounds; {remark}"))
 }
@@ -233,7 +265,7 @@ fn in_checkpoint(
             "{} is complete",
             newest.display()
         );
-        broken.fault.mend(cluster, context)?;
+        broken.mend(cluster, context, job)?;
         job.restart(cluster, &newest, &[])?;
         return Ok("restarted".to_owned());
     }
@@ -244,7 +276,7 @@ fn in_checkpoint(
             "another failure: {errors}"
         );
     }
-    broken.fault.mend(cluster, context)?;
+    broken.mend(cluster, context, job)?;
     if broken.fault == Fault::Orchestrator {
         let mut resume = job.begin(cluster, "resume", &[])?;
         resume.wait_for_success(Deadline::after(NOTICE))?;
@@ -277,7 +309,7 @@ fn in_restart(
     }
     let status = command.wait(Deadline::after(NOTICE))?;
     ensure!(!status.success(), "{:?} and yet it succeeded", broken.fault);
-    broken.fault.mend(cluster, context)?;
+    broken.mend(cluster, context, job)?;
     // Nothing of the attempt is in the way of the next.
     clean::check_within(cluster, &[images(context)], NOTICE)?;
     job.restart(cluster, &image, &[])?;
