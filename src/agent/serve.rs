@@ -72,6 +72,7 @@ impl State {
                 self.require(&[Phase::Running, Phase::Closed])?;
                 Ok(Reply::Obstacles {
                     obstacles: checkpoint::examine(),
+                    numbers_bytes: checkpoint::numbers_bytes(),
                 })
             }
             Request::Close { limit_ms } => {

@@ -1,5 +1,6 @@
 //! What stands in the way, before anything is touched.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use kmod_compat::devices::{self, NodeType};
@@ -10,8 +11,10 @@ use kmod_compat::netlink::Connection;
 use kmod_compat::restrack::live_connection_ids;
 use kmod_compat::sysfs::Sysfs;
 
-use crate::control::message::Obstacle;
+use crate::control::message::{ContextNumbers, Obstacle};
 use crate::device as hardware;
+use crate::virt::context::Context;
+use crate::virt::ports;
 use crate::virt::process::process;
 
 /// Everything that a checkpoint cannot carry, by name.
@@ -72,6 +75,28 @@ pub(crate) fn examine() -> Vec<Obstacle> {
         ));
     }
     obstacles
+}
+
+/// Most bytes that the numbers of this process can take when it is connected again.
+pub(crate) fn numbers_bytes() -> u64 {
+    let of = |context: Arc<Context>| {
+        // A device that cannot be asked is refused where its ports are needed.
+        let (ports, gids) = ports::first_seen(&context).map_or((0, 0), |facts| {
+            let gids = facts
+                .ports
+                .iter()
+                .map(|port| ports::port_address(port).gids.len());
+            (facts.ports.len(), gids.sum())
+        });
+        let objects = context.objects();
+        ContextNumbers::most_bytes(
+            objects.queue_pairs.len(),
+            objects.regions.len(),
+            ports,
+            gids,
+        )
+    };
+    process().contexts().into_iter().map(of).sum()
 }
 
 /// The RDMA descriptors of this process. For a moment within `ibv_open_device` and `ibv_close_device` libibverbs has one that we

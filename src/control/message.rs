@@ -8,7 +8,7 @@ use crate::handle::{
 };
 
 /// Both ends must speak the same version; a difference is refused at [`Request::Hello`].
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Where a process stands. Phases are entered in this order and the last leads back to the first; the only ways back
 /// are `Closed` to `Running` (nothing was moved yet) and `Connected` to `Running`.
@@ -112,6 +112,8 @@ pub enum Reply {
     },
     Obstacles {
         obstacles: Vec<Obstacle>,
+        /// Most bytes that the [`ProcessNumbers`] of this process can take in a message.
+        numbers_bytes: u64,
     },
     Peers {
         contexts: Vec<ContextPeers>,
@@ -268,6 +270,16 @@ pub struct ContextNumbers {
     pub rkeys: Vec<(VirtualKey, HardwareKey)>,
 }
 
+impl ContextNumbers {
+    /// Most bytes in a message of a context with so many queue pairs, keys, ports, and GIDs on all ports.
+    #[must_use]
+    pub fn most_bytes(queue_pairs: usize, keys: usize, ports: usize, gids: usize) -> u64 {
+        // Names of devices have at most 63 bytes (IB_DEVICE_NAME_MAX).
+        let bytes = 256 + 96 * queue_pairs + 24 * keys + 64 * ports + 136 * gids;
+        bytes as u64
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortNumbers {
     pub port: u8,
@@ -336,4 +348,43 @@ pub struct MemoryRegionStatus {
     pub length: u64,
     pub lkey: (VirtualKey, Option<HardwareKey>),
     pub rkey: (VirtualKey, Option<HardwareKey>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_context_takes_more_bytes_than_it_can() {
+        let address = [u8::MAX; 16];
+        let context = |queue_pairs, keys, gids| ContextNumbers {
+            device: "d".repeat(63),
+            hardware_device: "d".repeat(63),
+            ports: vec![PortNumbers {
+                port: u8::MAX,
+                lid: (VirtualLid(u16::MAX), HardwareLid(u16::MAX)),
+                gids: vec![(VirtualGid(address), HardwareGid(address)); gids],
+            }],
+            queue_pairs: vec![
+                QueuePairNumbers {
+                    port: u8::MAX,
+                    virtual_qpn: VirtualQpn(0xff_ffff),
+                    hardware_qpn: HardwareQpn(0xff_ffff),
+                    first_psn: Psn(0xff_ffff),
+                    mtu: u8::MAX,
+                };
+                queue_pairs
+            ],
+            rkeys: vec![(VirtualKey(u32::MAX), HardwareKey(u32::MAX)); keys],
+        };
+        for (queue_pairs, keys, gids) in [(0, 0, 0), (1000, 0, 0), (0, 1000, 0), (0, 0, 1000)] {
+            let text = serde_json::to_vec(&context(queue_pairs, keys, gids)).unwrap();
+            let most = ContextNumbers::most_bytes(queue_pairs, keys, 1, gids);
+            let taken = text.len() as u64;
+            assert!(
+                taken <= most && most <= taken + taken / 10 + 256,
+                "{taken} {most}"
+            );
+        }
+    }
 }

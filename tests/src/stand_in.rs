@@ -127,7 +127,9 @@ impl StandIn {
             match answer(agent, step)? {
                 Reply::Responders { responders } => self.responders.extend(responders),
                 Reply::Numbers { numbers } => self.numbers.push(numbers),
-                Reply::Obstacles { obstacles } => ensure!(obstacles.is_empty(), "{obstacles:?}"),
+                Reply::Obstacles { obstacles, .. } => {
+                    ensure!(obstacles.is_empty(), "{obstacles:?}")
+                }
                 _ => {}
             }
         }

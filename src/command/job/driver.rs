@@ -11,9 +11,10 @@ mod recovery;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail, ensure};
 
 use reverbs::control::message::{DeviceChoice, Phase, ProcessNumbers, Reply, Request, Session};
+use reverbs::control::socket::LARGEST_FRAME;
 
 use super::agents::{AgentFailure, Agents};
 use super::place::ProcessId;
@@ -52,6 +53,8 @@ pub(crate) struct Driver<'a, A> {
     hindered: BTreeMap<ProcessId, String>,
     /// Somebody may have been asked for what has no way back.
     moved: bool,
+    /// Most bytes of what everybody has to be told at Connect, without what is fixed.
+    numbers_bytes: BTreeMap<ProcessId, u64>,
 }
 
 impl<'a, A: Agents> Driver<'a, A> {
@@ -79,6 +82,7 @@ impl<'a, A: Agents> Driver<'a, A> {
             ended: BTreeSet::new(),
             hindered: BTreeMap::new(),
             moved: false,
+            numbers_bytes: BTreeMap::new(),
         }
     }
 
@@ -293,7 +297,12 @@ impl<'a, A: Agents> Driver<'a, A> {
         if !self.tolerant {
             let mut obstacles = Vec::new();
             for (process, reply) in self.put(&targets, &Request::Examine)? {
-                if let Reply::Obstacles { obstacles: found } = reply {
+                if let Reply::Obstacles {
+                    obstacles: found,
+                    numbers_bytes,
+                } = reply
+                {
+                    self.numbers_bytes.insert(process, numbers_bytes);
                     let name = self.agents.name(process);
                     obstacles.extend(
                         found
@@ -305,11 +314,31 @@ impl<'a, A: Agents> Driver<'a, A> {
             if !obstacles.is_empty() {
                 bail!("cannot be checkpointed: {}", obstacles.join("; "));
             }
+            self.require_room_for_numbers()?;
         }
         let targets = self.in_phases(&[Phase::Running]);
         let limit_ms = milliseconds(CLOSE_LIMIT);
         self.put(&targets, &Request::Close { limit_ms })?;
         self.say("close", began, targets.len());
+        Ok(())
+    }
+
+    /// All numbers go to everybody in one message. Without it the job would not come back, so this is looked at before
+    /// anything is moved.
+    fn require_room_for_numbers(&self) -> Result<()> {
+        // Beside the numbers: the name of a process, and of the request.
+        const BYTES_OF_A_PROCESS: u64 = 128;
+        const BYTES_BESIDES: u64 = 1 << 16;
+        let limit = u64::from(LARGEST_FRAME) - BYTES_BESIDES;
+        let taken = self.numbers_bytes.values();
+        let taken: u64 = taken.map(|bytes| bytes + BYTES_OF_A_PROCESS).sum();
+        ensure!(
+            taken <= limit,
+            "cannot be checkpointed: the queue pairs and memory regions of all {} together take up to {} bytes to connect \
+             again, and {limit} can be told: the job has too many of them",
+            count(self.phases.len(), "process", "processes"),
+            taken
+        );
         Ok(())
     }
 

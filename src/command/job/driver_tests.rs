@@ -342,3 +342,23 @@ fn an_interrupt_before_anything_was_moved_takes_it_back() {
     assert_eq!(driver.recover(error, "back").to_string(), "back");
     assert_all_running(&job, "interrupt");
 }
+
+#[test]
+fn a_job_whose_numbers_cannot_be_told_is_refused_before_anything_is_moved() {
+    let mut job = FakeJob::of(&[Phase::Running; 4]);
+    for agent in job.agents.values_mut() {
+        agent.numbers_bytes = 140 << 20;
+    }
+    let refused = drive(&mut job, |driver| {
+        driver.attach().unwrap();
+        let error = driver.release().unwrap_err();
+        format!("{:#}", driver.recover(error, "the job runs on"))
+    });
+    assert!(refused.contains("too many of them"), "{refused}");
+    assert_all_running(&job, &refused);
+    assert!(job.agents.values().all(|agent| agent.rebuilds == 0));
+    for agent in job.agents.values_mut() {
+        agent.numbers_bytes = 127 << 20;
+    }
+    drive(&mut job, cycle).unwrap();
+}

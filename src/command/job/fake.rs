@@ -39,6 +39,8 @@ pub(crate) struct FakeAgent {
     /// Packets that still arrive, one in each round.
     pub(crate) arriving: u64,
     pub(crate) rebuilds: u64,
+    /// Of its numbers at most.
+    pub(crate) numbers_bytes: u64,
     pub(crate) resumed: u64,
 }
 
@@ -62,6 +64,7 @@ impl FakeAgent {
             per_round: 1,
             arriving: 0,
             rebuilds: 0,
+            numbers_bytes: 0,
             resumed: 0,
         }
     }
@@ -175,7 +178,10 @@ impl FakeAgent {
             }
             _ if self.session.is_none() => return self.refuse("no session"),
             Request::Examine if self.phase <= Phase::Closed => {
-                return Reply::Obstacles { obstacles: vec![] };
+                return Reply::Obstacles {
+                    obstacles: vec![],
+                    numbers_bytes: self.numbers_bytes,
+                };
             }
             Request::Peers if self.phase == Phase::Closed => {
                 return Reply::Peers { contexts: vec![] };

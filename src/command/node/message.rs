@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -32,7 +33,8 @@ pub(crate) enum NodeRequest {
     /// Asks those of the targets that are here: [`NodeReply::Answers`].
     Ask {
         targets: Vec<ProcessId>,
-        request: Request,
+        /// Shared, since each connection carries targets of its own.
+        request: Arc<Request>,
     },
     /// Leaves the numbers of the job for younger processes.
     Leave { numbers: Vec<ProcessNumbers> },

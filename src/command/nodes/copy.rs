@@ -170,7 +170,7 @@ fn send(
 /// `reverbs node --copy` on another node.
 struct Remote {
     child: Child,
-    errors: Option<LastLine>,
+    errors: LastLine,
     input: Option<File>,
     output: Option<File>,
 }
@@ -228,7 +228,7 @@ impl Remote {
         };
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let said = self.errors.take().map_or_else(String::new, LastLine::wait);
+        let said = self.errors.wait();
         Err(match said.is_empty() {
             true => error,
             false => anyhow!(said),

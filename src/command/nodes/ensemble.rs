@@ -1,6 +1,7 @@
 //! A whole job as the commands see it: the parts on all its nodes, and the agents in them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 
@@ -294,7 +295,7 @@ impl<P: Handle, R: Reach> Agents for Ensemble<P, R> {
             to: Some(targets.iter().map(|process| process.node).collect()),
             request: NodeRequest::Ask {
                 targets: targets.to_vec(),
-                request: request.clone(),
+                request: Arc::new(request.clone()),
             },
         };
         let mut answered = Vec::new();

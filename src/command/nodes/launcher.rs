@@ -1,8 +1,10 @@
 //! Starting a command on another node, by what the user has for that: ssh, or srun inside an allocation.
 
+use std::io::BufRead;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -75,19 +77,24 @@ fn executable() -> Result<PathBuf> {
 }
 
 /// The last line that a launcher has written to its standard error.
+#[derive(Debug)]
 pub(super) struct LastLine {
     line: Arc<Mutex<String>>,
     thread: std::thread::JoinHandle<()>,
 }
 
 impl LastLine {
-    pub(super) fn of(stream: Option<std::process::ChildStderr>) -> Option<Self> {
-        let stream = std::io::BufReader::new(stream?);
+    pub(super) fn of(stream: Option<std::process::ChildStderr>) -> Self {
         let line = Arc::new(Mutex::new(String::new()));
         let thread = std::thread::spawn({
             let line = Arc::clone(&line);
             move || {
-                for said in std::io::BufRead::lines(stream).map_while(Result::ok) {
+                let stream = stream.map(std::io::BufReader::new);
+                for said in stream
+                    .into_iter()
+                    .flat_map(BufRead::lines)
+                    .map_while(Result::ok)
+                {
                     tracing::info!(said, "another node");
                     if !said.trim().is_empty() {
                         *line.lock().unwrap_or_else(PoisonError::into_inner) =
@@ -96,14 +103,23 @@ impl LastLine {
                 }
             }
         });
-        Some(Self { line, thread })
+        Self { line, thread }
+    }
+
+    /// When the stream has ended, or so long has passed.
+    pub(super) fn within(&self, limit: Duration) -> String {
+        let until = Instant::now() + limit;
+        while !self.thread.is_finished() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        line.clone()
     }
 
     pub(super) fn wait(self) -> String {
-        let _ = self.thread.join();
-        self.line
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let Self { line, thread } = self;
+        let _ = thread.join();
+        let line = line.lock().unwrap_or_else(PoisonError::into_inner);
+        line.clone()
     }
 }

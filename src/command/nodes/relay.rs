@@ -1,14 +1,16 @@
 //! One node in the tree of connections: it does what is asked of it, and passes it on to the nodes behind it.
 //!
-//! A request goes down the tree once along each connection, and the answers of a whole subtree come back in one message. So
+//! A request goes down the tree once along each connection, with what concerns the nodes behind it, and the answers of a whole subtree come back in one message. So
 //! the time of a phase grows with the depth of the tree, and no node speaks with more than `fan_out` others.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -27,6 +29,8 @@ pub(super) const MAGIC: &str = "reverbs-node ";
 /// Raised by every change that the other end would misread.
 pub(super) const NODES_VERSION: u32 = 2;
 const LONGEST_LINE: usize = 1 << 16;
+/// How long a launcher that has ended may take to pass on why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// The first line that a parent writes, in clear.
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,11 +63,33 @@ pub(crate) struct Subtree {
 }
 
 /// What goes down the tree.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Call {
     /// `None` for all.
     pub(super) to: Option<BTreeSet<NodeId>>,
     pub(super) request: NodeRequest,
+}
+
+impl Call {
+    /// What of it concerns these nodes.
+    fn for_nodes(&self, nodes: &BTreeSet<NodeId>) -> Cow<'_, Self> {
+        let NodeRequest::Ask { targets, request } = &self.request else {
+            return Cow::Borrowed(self);
+        };
+        let among = |node: &NodeId| nodes.contains(node);
+        let to = self.to.as_ref();
+        Cow::Owned(Self {
+            to: to.map(|to| to.iter().copied().filter(among).collect()),
+            request: NodeRequest::Ask {
+                targets: targets
+                    .iter()
+                    .copied()
+                    .filter(|process| among(&process.node))
+                    .collect(),
+                request: Arc::clone(request),
+            },
+        })
+    }
 }
 
 /// Why a node has not answered as it should.
@@ -190,8 +216,9 @@ impl<P: Handle, R: Reach> Relay<P, R> {
                 .iter_mut()
                 .filter(|link| link.nodes().any(|node| asked(&node)))
                 .map(|link| {
-                    let nodes: Vec<NodeId> = link.nodes().collect();
-                    (nodes, scope.spawn(|| link.call(call)))
+                    let nodes: BTreeSet<NodeId> = link.nodes().collect();
+                    let call = call.for_nodes(&nodes);
+                    (nodes, scope.spawn(move || link.call(&call)))
                 })
                 .collect();
             let mut answers = Vec::new();
@@ -242,6 +269,7 @@ pub(crate) struct Connection {
     reader: Reader,
     writer: Writer,
     keeper: Option<Keeper>,
+    errors: LastLine,
 }
 
 impl Reach for Launched {
@@ -261,7 +289,7 @@ impl Reach for Launched {
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                let said = errors.map_or_else(String::new, LastLine::wait);
+                let said = errors.wait();
                 return Err(match said.is_empty() {
                     true => error,
                     false => anyhow!("{}: {said}", above.launcher.name()),
@@ -273,6 +301,7 @@ impl Reach for Launched {
             keeper: Some(Keeper::of(writer.clone())),
             reader,
             writer,
+            errors,
         };
         let subtree = Subtree {
             own: *own,
@@ -331,10 +360,20 @@ impl<C: Ask> Link<C> {
 
 impl Ask for Connection {
     fn ask(&mut self, call: &Call) -> io::Result<Answers> {
-        self.writer.send(call)?;
-        self.reader
-            .receive()?
-            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        let asked = self.writer.send(call).and_then(|()| self.reader.receive());
+        let ended = match asked {
+            Ok(Some(answers)) => return Ok(answers),
+            Ok(None) => io::ErrorKind::UnexpectedEof.into(),
+            Err(error) => error,
+        };
+        if !has_ended(&ended) {
+            return Err(ended);
+        }
+        // Why, the other end may have said.
+        match self.errors.within(LAST_WORDS) {
+            said if said.is_empty() => Err(ended),
+            said => Err(io::Error::new(ended.kind(), said)),
+        }
     }
 }
 
@@ -411,10 +450,21 @@ fn own_variables() -> Vec<(String, String)> {
         .collect()
 }
 
+fn has_ended(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe
+    )
+}
+
 fn explain(error: &io::Error, name: &str, what: &str) -> String {
+    let said = match error.get_ref() {
+        Some(said) => format!(": {said}"),
+        None => String::new(),
+    };
     match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe => {
-            format!("the connection to node {name} ended at \"{what}\"")
+        _ if has_ended(error) => {
+            format!("the connection to node {name} ended at \"{what}\"{said}")
         }
         io::ErrorKind::TimedOut => format!(
             "node {name} has said nothing for {} s at \"{what}\": is it off, or cut from the network?",

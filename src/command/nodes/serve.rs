@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 
 use anyhow::{Context, Result, bail};
 
-use super::channel::{self, End, Greeting, Keeper};
+use super::channel::{self, End, Greeting, Keeper, Writer};
 use super::relay::{
     Call, HelloChild, HelloParent, MAGIC, NODES_VERSION, Relay, Subtree, nonce, runtime_folder,
 };
@@ -55,9 +55,11 @@ pub(crate) fn serve() -> Result<ExitCode> {
     // The worker may be at it for minutes, while this thread notices that nobody is there any more.
     let (calls, called) = channel::<Call>();
     let worker = std::thread::spawn(move || {
+        // Also when it panics: beats alone are no life.
+        let writer = Closing(writer);
         for call in called {
             let answers = relay.call(&call);
-            if writer.send(&answers).is_err() {
+            if writer.0.send(&answers).is_err() {
                 break;
             }
         }
@@ -78,6 +80,15 @@ pub(crate) fn serve() -> Result<ExitCode> {
     drop(calls);
     let _ = worker.join();
     outcome
+}
+
+/// The other end sees the end of the stream when this is dropped.
+struct Closing(Writer);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 fn agree(hello: &HelloChild) -> Result<Secret> {

@@ -1,5 +1,6 @@
 //! What processes tell each other at a restart, measured: JSON made and read, and the directory that each process builds.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hmac::{Hmac, Mac};
@@ -166,7 +167,7 @@ fn measure_the_handling_of_a_call() {
         to: Some(targets.iter().map(|process| process.node).collect()),
         request: NodeRequest::Ask {
             targets,
-            request: Request::Release,
+            request: Arc::new(Request::Release),
         },
     };
     let (mut made, mut sealed, mut read, mut bytes) =

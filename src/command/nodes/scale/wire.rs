@@ -215,12 +215,9 @@ impl Connection {
         self.cluster.node(self.node)
     }
 
-    /// A node passes on what it got, so it need not be counted again; what connects it anew is not that.
+    /// What everybody gets a node passes on as it got it, so it need not be counted again; what connects it anew is not that.
     fn size_of(&self, call: &Call) -> u64 {
-        let as_got = matches!(
-            call.request,
-            NodeRequest::Ask { .. } | NodeRequest::Leave { .. }
-        );
+        let as_got = matches!(call.request, NodeRequest::Leave { .. });
         let bytes = match as_got && self.above != NodeId::FIRST {
             true => *self.cluster.calls[index(self.above)].lock().unwrap(),
             false => size(call),
