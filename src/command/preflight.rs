@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use procfs::process::{FDPermissions, FDTarget, Process};
 
 use super::files::Held;
-use super::job::ProcessTree;
+use super::job::{ProcessTree, is_reverbs};
 use reverbs::image::OutsidePipe;
 
 /// What the dump has to be told about the tree.
@@ -32,11 +33,13 @@ pub(crate) fn examine(tree: &ProcessTree, held: &Held, largest_deleted: u64) -> 
     let mut obstacles = terminals(tree, held);
     obstacles.extend(system_v(held));
     obstacles.extend(remote_shells(tree));
+    obstacles.extend(remote_starts(tree));
     let mut ghost_limit = LEAST_GHOST_LIMIT;
     for file in held.deleted.values() {
-        let bytes = file.found.len();
-        // It may grow until it is dumped.
-        ghost_limit = ghost_limit.max(bytes.saturating_mul(2));
+        // CRIU's limit is for the length, and it may grow until it is dumped.
+        ghost_limit = ghost_limit.max(file.found.len().saturating_mul(2));
+        // What was never written is not in the image.
+        let bytes = file.found.blocks() * 512;
         if bytes > largest_deleted {
             obstacles.push(format!(
                 "process {} holds {} with {bytes} bytes, which would go into the image: allow it with \
@@ -104,12 +107,39 @@ fn remote_shells(tree: &ProcessTree) -> Vec<String> {
         .filter(|member| CLIENTS.contains(&member.name.as_str()))
         .map(|member| {
             format!(
-                "process {} ({}) is a connection to another node: let mpirun start its daemons through `reverbs run` \
-                 (docs/nodes.md)",
+                "process {} ({}) leads out of the job: let mpirun or mpiexec start the ranks, which `reverbs run` lets reach \
+                 other nodes without it (docs/nodes.md)",
                 member.pid, member.name
             )
         })
         .collect()
+}
+
+/// mpirun is about to put processes on another node: that is over in a moment, or not at all.
+fn remote_starts(tree: &ProcessTree) -> Vec<String> {
+    const LIMIT: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let mut starts = tree.pids();
+        starts.retain(|pid| is_remote_start(*pid));
+        if starts.is_empty() || Instant::now() >= deadline {
+            let obstacle = |pid| {
+                format!(
+                    "process {pid} is starting processes of the job on another node: try again later"
+                )
+            };
+            return starts.into_iter().map(obstacle).collect();
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn is_remote_start(pid: i32) -> bool {
+    is_reverbs(pid)
+        && Process::new(pid)
+            .and_then(|process| process.cmdline())
+            .is_ok_and(|words| words.get(1).is_some_and(|word| word == "remote"))
 }
 
 /// CRIU saves System V shared memory only with the IPC namespace that it lives in.

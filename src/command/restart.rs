@@ -385,6 +385,7 @@ fn leave_record(plan: &Plan) -> Result<()> {
                 root: node.part.root,
             })
             .collect(),
+        starting: Vec::new(),
     };
     record.write(&reverbs::control::socket::runtime_dir()?)
 }

@@ -5,12 +5,14 @@
 //! its standard input and output; `relay` is one node in the tree of connections, and what it does for those behind it (`reach`:
 //! over what);
 //! `copy` brings parts of an image from and to nodes that do not share a disk; `stream` are limits of waiting;
-//! `serve` is what runs on the other nodes; `record` remembers which nodes a job has; `start` puts its processes there;
+//! `serve` is what runs on the other nodes; `record` remembers which nodes a job has; `start` puts its processes there, when the
+//! launcher of the MPI library asks for it (`hooks`);
 //! `ensemble` is the whole job as the commands see it.
 
 mod channel;
 mod copy;
 mod ensemble;
+mod hooks;
 mod launcher;
 mod reach;
 mod record;

@@ -1,6 +1,7 @@
 //! Which nodes a job has: kept in the runtime folder of the first, from its start to its end.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use procfs::process::Process;
@@ -13,12 +14,20 @@ use crate::command::node::JOB_VARIABLE;
 const PREFIX: &str = "job-";
 const SUFFIX: &str = ".nodes";
 
+/// As long as a launcher may take.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+const PAUSE: Duration = Duration::from_millis(50);
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct JobRecord {
     pub(crate) id: String,
     pub(crate) launcher: Launcher,
     /// The first is this one.
     pub(crate) nodes: Vec<RecordedNode>,
+    /// Nodes on which processes are just being started: they may run already, and are not known yet.
+    #[serde(default)]
+    pub(crate) starting: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,11 +39,28 @@ pub(crate) struct RecordedNode {
 }
 
 impl JobRecord {
-    /// That of the job whose root is process `root`, if it has more nodes than this one.
+    /// That of the job whose root is process `root`, if it has more nodes than this one. Waits while it is being started on
+    /// some.
     ///
     /// # Errors
-    /// The record cannot be read.
+    /// The record cannot be read, or the start does not end.
     pub(crate) fn of(runtime_folder: &Path, root: i32) -> Result<Option<Self>> {
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            let record = Self::read(runtime_folder, root)?;
+            match &record {
+                Some(record) if !record.starting.is_empty() => ensure!(
+                    Instant::now() < deadline,
+                    "the job is still being started on {}: try again later",
+                    record.starting.join(", ")
+                ),
+                _ => return Ok(record.filter(|record| record.nodes.len() > 1)),
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    fn read(runtime_folder: &Path, root: i32) -> Result<Option<Self>> {
         let Some(id) = job_of(root) else {
             return Ok(None);
         };
@@ -50,7 +76,7 @@ impl JobRecord {
         if let Some(first) = record.nodes.first_mut() {
             first.root = root;
         }
-        Ok((record.nodes.len() > 1).then_some(record))
+        Ok(Some(record))
     }
 
     /// # Errors

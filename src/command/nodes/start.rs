@@ -1,9 +1,10 @@
 //! How the processes of a job get to its other nodes.
 //!
-//! mpirun is told to use `reverbs remote` where it would use ssh. That asks `reverbs run`, the parent of mpirun, to start the
-//! remote part, and ends: so no client of ssh or srun is in a process tree that will be saved. On the other node
+//! mpirun is told to use `reverbs remote` where it would use ssh (`hooks.rs`). That asks `reverbs run`, the parent of mpirun,
+//! to start the remote part, and ends: so no client of ssh or srun is in a process tree that will be saved. On the other node
 //! `reverbs node --start` puts the part into a session of its own, whose root is what a checkpoint of that node saves.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
@@ -12,13 +13,15 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use procfs::process::Process;
 use serde::{Deserialize, Serialize};
 
 use reverbs::control::socket;
 
+use super::hooks;
 use super::launcher::Launcher;
 use super::record::{JobRecord, RecordedNode};
 use super::relay::{MAGIC, runtime_folder};
@@ -104,6 +107,7 @@ impl Starter {
                     name: host,
                     root: 0,
                 }],
+                starting: Vec::new(),
             }),
             steps: Mutex::default(),
         });
@@ -127,7 +131,6 @@ impl Starter {
         let us = us
             .to_str()
             .context("the path of this command is not UTF-8")?;
-        let agent = format!("{us} remote");
         let mut variables = vec![
             (
                 JOB_VARIABLE.to_owned(),
@@ -138,24 +141,9 @@ impl Starter {
                 self.socket.to_string_lossy().into_owned(),
             ),
         ];
-        // Open MPI 4, and PRRTE of Open MPI 5. All from the first node: the others have no `reverbs run`.
-        for (prefix, component) in [("OMPI_MCA_", "rsh"), ("PRTE_MCA_", "ssh")] {
-            let names = ["plm", "agent", "no_tree_spawn"].map(|name| match name {
-                "plm" => format!("{prefix}plm"),
-                name => format!("{prefix}plm_{component}_{name}"),
-            });
-            if names.iter().any(|name| std::env::var_os(name).is_some()) {
-                continue;
-            }
-            let values = [component, &agent, "1"].map(str::to_owned);
-            variables.extend(names.into_iter().zip(values));
-            // Else the daemon forks once more, and the root of what we have started ends at once.
-            let attached = match component {
-                "rsh" => "OMPI_MCA_orte_leave_session_attached",
-                _ => "PRTE_MCA_prte_leave_session_attached",
-            };
-            variables.push((attached.to_owned(), "1".to_owned()));
-        }
+        variables.extend(hooks::variables(us, |name| {
+            std::env::var_os(name).is_some()
+        }));
         Ok(variables)
     }
 }
@@ -184,7 +172,29 @@ impl Shared {
         let _ = socket::send(&mut stream, &started);
     }
 
+    /// What is started may be at work before we hear of it, and somebody may want to save the job then.
     fn start(&self, wish: &Wish) -> Result<i32> {
+        self.note(|record| record.starting.push(wish.host.clone()))?;
+        let started = self.launch(wish);
+        self.note(|record| {
+            if let Some(place) = record.starting.iter().position(|name| *name == wish.host) {
+                record.starting.remove(place);
+            }
+            if let Ok(root) = started {
+                let name = wish.host.clone();
+                record.nodes.push(RecordedNode { name, root });
+            }
+        })?;
+        started
+    }
+
+    fn note(&self, change: impl FnOnce(&mut JobRecord)) -> Result<()> {
+        let mut record = lock(&self.record);
+        change(&mut record);
+        record.write(&self.runtime_folder)
+    }
+
+    fn launch(&self, wish: &Wish) -> Result<i32> {
         let (launcher, job) = {
             let record = lock(&self.record);
             (record.launcher.clone(), record.id.clone())
@@ -226,14 +236,7 @@ impl Shared {
             drop(input);
             let _ = child.wait();
         }
-        let pid = outcome?;
-        let mut record = lock(&self.record);
-        record.nodes.push(RecordedNode {
-            name: wish.host.clone(),
-            root: pid,
-        });
-        record.write(&self.runtime_folder)?;
-        Ok(pid)
+        outcome
     }
 }
 
@@ -262,7 +265,7 @@ pub(crate) fn remote(host: &str, words: &[String]) -> Result<ExitCode> {
     })?;
     let wish = Wish {
         host: host.to_owned(),
-        command: words.join(" "),
+        command: in_foreground(&words.join(" ")),
     };
     socket::send(&mut stream, &wish)?;
     match socket::receive(&mut stream)? {
@@ -270,6 +273,24 @@ pub(crate) fn remote(host: &str, words: &[String]) -> Result<ExitCode> {
         Some(Started::Failed(why)) => bail!("node {host}: {why}"),
         None => bail!("node {host}: `reverbs run` has ended"),
     }
+}
+
+/// orted and prted are told to leave the session that they are started in, for which they fork. What we start has one of
+/// its own, and the root of a tree has to stay. prted forks unless it is told not to.
+fn in_foreground(command: &str) -> String {
+    let is_prted = |word: &str| Path::new(word).ends_with("prted");
+    let attached = match command.split(' ').any(is_prted) {
+        true => "--leave-session-attached",
+        false => "",
+    };
+    let words: Vec<&str> = command
+        .split(' ')
+        .map(|word| match word {
+            "--daemonize" => attached,
+            word => word,
+        })
+        .collect();
+    words.join(" ")
 }
 
 /// `reverbs node --start`: the other end of it.
@@ -329,12 +350,46 @@ fn spawn(order: &Order) -> Result<Child> {
     }
     let mut child = command.spawn().context("cannot start /bin/sh")?;
     std::thread::sleep(LOOK);
-    if let Some(status) = child.try_wait()? {
-        let said = std::fs::read_to_string(&log).unwrap_or_default();
-        let last = said.lines().next_back().unwrap_or_default().trim();
-        bail!("the command ended at once ({status}): {last}");
+    let is_hydra = is_hydra(&order.command);
+    if is_hydra {
+        await_children(&mut child)?;
+    }
+    match child.try_wait()? {
+        // A job can be as short as that.
+        Some(status) if is_hydra && status.success() => {}
+        Some(status) => {
+            let said = std::fs::read_to_string(&log).unwrap_or_default();
+            let last = said.lines().next_back().unwrap_or_default().trim();
+            bail!("the command ended at once ({status}): {last}");
+        }
+        None => {}
     }
     Ok(child)
+}
+
+/// Its proxies are `hydra_pmi_proxy`, and Intel's `hydra_bstrap_proxy`.
+fn is_hydra(command: &str) -> bool {
+    let first = command.split_whitespace().next().unwrap_or_default();
+    let name = Path::new(first.trim_matches('"')).file_name();
+    name.and_then(OsStr::to_str)
+        .is_some_and(|name| name.starts_with("hydra_"))
+}
+
+/// Hydra takes it for a failure when what it has called like ssh ends before its proxy has reported. One that has is told
+/// at once to start processes.
+fn await_children(child: &mut Child) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(30);
+    const PAUSE: Duration = Duration::from_millis(10);
+    let pid = child.id().cast_signed();
+    let deadline = Instant::now() + LIMIT;
+    while child.try_wait()?.is_none() && Instant::now() < deadline {
+        let children = Process::new(pid)?.task_main_thread()?.children()?;
+        if !children.is_empty() {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 /// One plain command needs no shell above it.
@@ -363,7 +418,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::without_shell;
+    use super::{in_foreground, is_hydra, without_shell};
 
     #[test]
     fn a_shell_stays_only_where_it_has_more_to_do() {
@@ -376,6 +431,26 @@ mod tests {
             ("A=b orted", "A=b orted"),
         ] {
             assert_eq!(without_shell(asked), done);
+        }
+    }
+
+    #[test]
+    fn the_proxies_of_hydra_are_known() {
+        assert!(is_hydra("\"/usr/bin/hydra_pmi_proxy\" --control-port n1:7"));
+        assert!(!is_hydra("/opt/hydra_4/orted -mca a hydra_b"));
+    }
+
+    #[test]
+    fn a_daemon_stays_the_process_that_was_started() {
+        for (asked, done) in [
+            (
+                "A=b ; /opt/bin/prted --daemonize --prtemca a \"b  c\"",
+                "A=b ; /opt/bin/prted --leave-session-attached --prtemca a \"b  c\"",
+            ),
+            ("orted --daemonize -mca a b", "orted  -mca a b"),
+            ("sh -c 'a --daemonized'", "sh -c 'a --daemonized'"),
+        ] {
+            assert_eq!(in_foreground(asked), done);
         }
     }
 }
