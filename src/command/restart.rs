@@ -48,6 +48,7 @@ impl Restarted {
     /// It cannot be waited for.
     pub(crate) fn wait(&mut self) -> Result<ExitCode> {
         let status = self.job.own_part().wait_for_root()?;
+        self.plan.launcher.let_command_finish(self.plan.root)?;
         if self.plan.launcher.is_step {
             // Ending before that, the steps would take along what is left on their nodes.
             self.job.tell(NodeRequest::AwaitEnd);
@@ -135,6 +136,11 @@ impl Plan {
                 launcher,
             });
         }
+        ensure!(
+            options.wait || !launcher.is_step,
+            "what {} has started on the other nodes ends with it: use --wait, or give --rsh another program",
+            launcher.name()
+        );
         let image = JobImage::open(&options.image)?;
         let mut nodes: Vec<PlannedNode> = Vec::new();
         for known in &image.manifest.nodes {

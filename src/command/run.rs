@@ -33,11 +33,8 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
         return requeue.go_on(&image, options);
     }
     let environment = environment(options)?;
-    let starter = Starter::listen(
-        Launcher::find(options.remote.program.as_deref()),
-        job_id()?,
-        environment.clone(),
-    )?;
+    let launcher = Launcher::find(options.remote.program.as_deref());
+    let starter = Starter::listen(launcher.clone(), job_id()?, environment.clone())?;
     let mut command = Command::new(&options.command[0]);
     command.args(&options.command[1..]);
     command.envs(environment).envs(starter.variables()?);
@@ -90,6 +87,7 @@ pub(crate) fn run(options: &RunOptions, quiet: bool) -> Result<ExitCode> {
         }
     });
     let status = child.wait()?;
+    launcher.let_command_finish(root)?;
     forwarding.close();
     for copier in copiers {
         // A copier that panicked has lost output, not the job's result.

@@ -114,7 +114,11 @@ pub(crate) fn root_of(pid: i32) -> Result<i32> {
     let arguments = process.cmdline().unwrap_or_default();
     if is_reverbs(pid) && arguments.iter().any(|argument| argument == "run") {
         let tree = ProcessTree::of(pid)?;
-        let mut children = tree.members.iter().filter(|member| member.parent == pid);
+        // The job leads a session; launchers that stay (srun) are in ours.
+        let mut children = tree
+            .members
+            .iter()
+            .filter(|member| member.parent == pid && member.session == member.pid);
         if let (Some(child), None) = (children.next(), children.next()) {
             return Ok(child.pid);
         }

@@ -9,8 +9,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use reverbs::control::socket::runtime_dir;
+
+use crate::command::job::JobLock;
+
 /// Names the program, as the option `--rsh` does.
 pub(crate) const RSH_VARIABLE: &str = "REVERBS_RSH";
+
+/// A step beside the others of its allocation: one process that may use all that the node has, and is no rank of MPI.
+const STEP: &str = "--overlap --mpi=none --cpu-bind=none --nodes=1 --ntasks=1 --quiet --unbuffered \
+                    --nodelist";
 
 /// A program that is called like ssh: with a host and a command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,16 +36,17 @@ impl Launcher {
         let asked = asked
             .or(variable.as_deref())
             .filter(|text| !text.trim().is_empty());
-        match asked {
-            Some(text) => Self {
+        match (asked, std::env::var("SLURM_JOB_ID")) {
+            (Some(text), _) => Self {
                 words: words(text),
                 is_step: text.split_whitespace().next() == Some("srun"),
             },
-            None if std::env::var_os("SLURM_JOB_ID").is_some() => Self {
-                words: words("srun --overlap --nodes=1 --ntasks=1 --quiet --unbuffered --nodelist"),
+            // With the number, since later commands may be used outside of the allocation.
+            (None, Ok(job)) => Self {
+                words: words(&format!("srun --jobid={job} {STEP}")),
                 is_step: true,
             },
-            None => Self {
+            (None, Err(_)) => Self {
                 words: words("ssh -o BatchMode=yes -o ConnectTimeout=15"),
                 is_step: false,
             },
@@ -63,6 +72,17 @@ impl Launcher {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         Ok(command)
+    }
+
+    /// To be used before the end of what keeps steps, when the job has ended: a command that has ended it, or is at work on it
+    /// otherwise, may have steps of its own, which end with the batch script. Waits for that command.
+    pub(crate) fn let_command_finish(&self, root: i32) -> Result<()> {
+        const LIMIT: Duration = Duration::from_secs(60);
+        if self.is_step {
+            // Whoever takes longer has nothing left to save.
+            let _ = JobLock::take_within(LIMIT, &runtime_dir()?, root);
+        }
+        Ok(())
     }
 
     /// For messages.
