@@ -138,19 +138,34 @@ const FLAGS: &[&str] = &["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-g
 /// When a compiler is missing or refuses a program.
 pub fn build(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    let sources = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs");
-    for program in PROGRAMS {
-        let status = Command::new(program.compiler)
+    PROGRAMS.iter().try_for_each(|program| {
+        program.compile(Path::new(program.compiler), &folder.join(program.name))
+    })
+}
+
+/// Compiles `mpi_check` for an MPI library that is not installed.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_mpi_check(compiler: &Path, to: &Path) -> Result<()> {
+    let program = PROGRAMS.iter().find(|program| program.name == "mpi_check");
+    program.context("no mpi_check")?.compile(compiler, to)
+}
+
+impl Program {
+    fn compile(&self, compiler: &Path, to: &Path) -> Result<()> {
+        let sources = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs");
+        let status = Command::new(compiler)
             .args(FLAGS)
-            .args(program.sources.iter().map(|name| sources.join(name)))
-            .args(program.libraries)
+            .args(self.sources.iter().map(|name| sources.join(name)))
+            .args(self.libraries)
             .arg("-o")
-            .arg(folder.join(program.name))
+            .arg(to)
             .status()
-            .with_context(|| format!("cannot start {}", program.compiler))?;
+            .with_context(|| format!("cannot start {}", compiler.display()))?;
         if !status.success() {
-            bail!("{} refused {}", program.compiler, program.name);
+            bail!("{} refused {}", compiler.display(), to.display());
         }
+        Ok(())
     }
-    Ok(())
 }

@@ -30,6 +30,8 @@ const PACKAGES: &[&str] = &[
     "rdma-core",
     "rdmacm-utils",
     "ucx-utils",
+    // to fetch MPI libraries that Debian has not
+    "python3-pip",
     // checkpoints of processes
     "criu",
     "iptables",

@@ -12,6 +12,7 @@ use reverbs_tests::process::Running;
 use crate::case::{Action, Case, Context};
 use crate::cluster::{Cluster, usual};
 use crate::job::{Job, still_runs};
+use crate::library::Library;
 use crate::{clean, criu};
 
 /// The time limit of each of these cases.
@@ -182,7 +183,7 @@ fn start(cluster: &Cluster, context: &Context<'_>, job: &Job) -> Result<Running>
         ),
     )?;
     fs::set_permissions(&agent, fs::Permissions::from_mode(0o755))?;
-    let stock = job.mpirun();
+    let stock = job.mpirun()?;
     let mut command = Command::new("setsid");
     command
         .arg(stock.get_program())
@@ -201,7 +202,7 @@ fn start(cluster: &Cluster, context: &Context<'_>, job: &Job) -> Result<Running>
 
 fn job(count: u8, context: &Context<'_>) -> Result<String> {
     let cluster = context.cluster(&usual(count))?;
-    let job = Job::over(&cluster, context)?;
+    let job = Job::over(&cluster, context, Library::OpenMpi4)?;
     let mut runner = start(&cluster, context, &job)?;
     let trees = job.trees(&cluster)?;
     ensure!(trees.len() == usize::from(count), "{} trees", trees.len());
@@ -215,7 +216,7 @@ fn job(count: u8, context: &Context<'_>) -> Result<String> {
 
 fn by_hand(context: &Context<'_>) -> Result<String> {
     let cluster = context.cluster(&usual(2))?;
-    let job = Job::over(&cluster, context)?;
+    let job = Job::over(&cluster, context, Library::OpenMpi4)?;
     let mut runner = start(&cluster, context, &job)?;
     let trees = job.trees(&cluster)?;
     let mut dumps = Vec::new();

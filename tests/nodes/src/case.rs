@@ -8,6 +8,7 @@ use reverbs_tests::report::{Place, Test};
 use reverbs_tests::setup::Deadline;
 
 use crate::cluster::{Cluster, Identity};
+use crate::library::Library;
 use crate::{bare, debian, faults, saved, slurm_cases};
 
 /// The settings of a run.
@@ -88,6 +89,13 @@ pub struct Case {
 impl Case {
     pub fn needs_slurm(&self) -> bool {
         matches!(self.action, Action::Batch(_))
+    }
+
+    pub fn library(&self) -> Library {
+        match &self.action {
+            Action::Saved(saved) => saved.library(),
+            Action::Bare(_) | Action::Broken(_) | Action::Batch(_) => Library::OpenMpi4,
+        }
     }
 }
 

@@ -84,19 +84,53 @@ impl Cluster {
             started: 0,
         };
         fs::write(cluster.hosts(), "")?;
-        let rsh = cluster.rsh();
-        let program = std::env::current_exe()?;
-        fs::write(
-            &rsh,
-            format!("#!/bin/sh\nexec '{}' rsh \"$@\"\n", program.display()),
-        )?;
-        fs::set_permissions(&rsh, fs::Permissions::from_mode(0o755))?;
+        cluster.write_rsh("exec", "")?;
         Ok(cluster)
     }
 
     /// The program that runs a command on another node, called like ssh.
     pub fn rsh(&self) -> PathBuf {
         self.folder.join("rsh")
+    }
+
+    fn write_rsh(&self, before: &str, after: &str) -> Result<()> {
+        let rsh = self.rsh();
+        let program = std::env::current_exe()?;
+        fs::write(
+            &rsh,
+            format!(
+                "#!/bin/sh\n{before} '{}' rsh \"$@\" {after}\n",
+                program.display()
+            ),
+        )?;
+        Ok(fs::set_permissions(
+            &rsh,
+            fs::Permissions::from_mode(0o755),
+        )?)
+    }
+
+    /// What remote commands say does not arrive until [`Self::let_answers_arrive`].
+    ///
+    /// # Errors
+    /// When that cannot be written down.
+    pub fn hold_answers(&self) -> Result<()> {
+        self.write_rsh(
+            "",
+            &format!(
+                "| {{ until [ -e '{}' ]; do sleep 0.05; done; exec cat; }}",
+                self.arriving().display()
+            ),
+        )
+    }
+
+    /// # Errors
+    /// When that cannot be written down.
+    pub fn let_answers_arrive(&self) -> Result<()> {
+        Ok(fs::write(self.arriving(), "")?)
+    }
+
+    fn arriving(&self) -> PathBuf {
+        self.folder.join("arriving")
     }
 
     fn hosts(&self) -> PathBuf {

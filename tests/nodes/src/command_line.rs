@@ -78,6 +78,9 @@ pub fn run() -> Result<ExitCode> {
         slurm::get()?;
     }
     if !enclosure::is_inside() {
+        for case in &cases {
+            case.library().get(&arguments.programs)?;
+        }
         drop(out);
         return enclosure::enter();
     }

@@ -14,6 +14,7 @@ use crate::case::{Action, Case, Context};
 use crate::clean;
 use crate::cluster::{Cluster, usual};
 use crate::launched::{Launched, images, newest_image, wait_for_phase};
+use crate::library::Library;
 use crate::processes::Process;
 
 /// The time limit of each of these cases.
@@ -221,7 +222,7 @@ fn case(fault: Fault, name: &str, during: During, phase: &'static str, own_disks
 /// When the job is lost, or something stays behind.
 pub fn run(broken: &Broken, context: &Context<'_>) -> Result<String> {
     let mut cluster = context.cluster(&usual(NODES))?;
-    let mut job = Launched::start(context, &cluster)?;
+    let mut job = Launched::start(context, &cluster, Library::OpenMpi4)?;
     if broken.own_disks {
         job.keep_images_apart(&cluster)?;
     }

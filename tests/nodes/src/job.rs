@@ -1,4 +1,4 @@
-//! The job of most cases: `mpi_check` over several nodes, launched by stock Open MPI over TCP.
+//! The job of most cases: `mpi_check` over several nodes, launched by a stock MPI library over TCP.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,14 +12,12 @@ use reverbs_tests::setup::Deadline;
 
 use crate::case::Context;
 use crate::cluster::Cluster;
-use crate::node::INTERFACE;
+use crate::library::Library;
+use crate::node::Node;
 use crate::processes::{self, Process};
 
 /// Ranks of each node.
 pub const RANKS: usize = 2;
-
-/// The program of each rank.
-pub const PROGRAM: &str = "mpi_check";
 
 /// So many rounds more show that the job is at work.
 const ROUNDS: u64 = 3;
@@ -29,6 +27,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// What a job was started with; it is the same job after a restart.
 #[derive(Clone, Debug)]
 pub struct Job {
+    library: Library,
     /// For its output and for the files by which it is steered; the same on all nodes.
     folder: PathBuf,
     /// The names that mpirun was given.
@@ -41,12 +40,13 @@ impl Job {
     ///
     /// # Errors
     /// When the program was not compiled.
-    pub fn over(cluster: &Cluster, context: &Context<'_>) -> Result<Self> {
+    pub fn over(cluster: &Cluster, context: &Context<'_>, library: Library) -> Result<Self> {
         let nodes = cluster.nodes().iter();
         Ok(Self {
+            library,
             folder: context.folder.clone(),
             hosts: nodes.map(|node| node.name().to_owned()).collect(),
-            program: context.setup.program(PROGRAM)?,
+            program: context.setup.program(library.program())?,
         })
     }
 
@@ -60,28 +60,18 @@ impl Job {
     }
 
     /// The command that a user would give.
-    pub fn mpirun(&self) -> Command {
-        let hosts: Vec<_> = self
-            .hosts
-            .iter()
-            .map(|host| format!("{host}:{RANKS}"))
-            .collect();
-        let mut command = Command::new("mpirun");
+    ///
+    /// # Errors
+    /// When there is no place for what is not installed.
+    pub fn mpirun(&self) -> Result<Command> {
+        let mut command = self.library.mpirun(&self.hosts, RANKS)?;
         command
-            .args(["--host", &hosts.join(",")])
-            .args(["-np", &self.ranks().to_string()])
-            .args(["--allow-run-as-root", "--bind-to", "none"])
-            .args(["--mca", "pml", "ob1", "--mca", "btl", "tcp,self"])
-            .args(["--mca", "oob_tcp_if_include", INTERFACE])
-            .args(["--mca", "btl_tcp_if_include", INTERFACE])
-            // More ranks than processors: a rank that waits must give way.
-            .args(["--mca", "mpi_yield_when_idle", "1"])
             .arg(&self.program)
             .arg("--until")
             .arg(self.until())
             .arg("--progress")
             .arg(self.progress_file());
-        command
+        Ok(command)
     }
 
     /// Its existence makes the job finish.
@@ -158,44 +148,59 @@ impl Job {
         Ok(rounds)
     }
 
-    /// The processes of the job: on the first node mpirun, on the others orted, and the ranks below them.
+    /// The processes of the job: on the first node mpirun, on the others the daemon of its library, and the ranks below them.
     ///
     /// # Errors
     /// When a node has others, or what is below a root is anything else (a remote shell, above all).
     pub fn trees(&self, cluster: &Cluster) -> Result<Vec<Tree>> {
         let mut trees = Vec::new();
         for node in cluster.nodes() {
-            let name = if trees.is_empty() { "mpirun" } else { "orted" };
-            let roots = node.called(name);
-            let [root] = roots.as_slice() else {
-                bail!(
-                    "{} has {} processes called {name}",
-                    node.name(),
-                    roots.len()
-                );
-            };
-            let mut below: Vec<Process> = node.processes();
-            let members = reverbs_tests::tree::descendants(root.pid);
-            below.retain(|process| members.contains(&process.pid));
-            let strange = below
-                .iter()
-                .find(|process| process.name != PROGRAM || process.parent != root.pid);
-            if let Some(strange) = strange {
-                bail!("{} has {strange:?} below {name}", node.name());
-            }
-            ensure!(
-                below.len() == RANKS,
-                "{} has {} ranks",
-                node.name(),
-                below.len()
-            );
-            trees.push(Tree {
-                host: node.name().to_owned(),
-                root: root.clone(),
-                ranks: below,
-            });
+            let path = self.library.path_to_ranks(trees.is_empty());
+            trees.push(self.tree(node, path)?);
         }
         Ok(trees)
+    }
+
+    /// `path`: the names from the root to the parent of the ranks.
+    fn tree(&self, node: &Node, path: &[&str]) -> Result<Tree> {
+        let name = path[0];
+        let roots = node.called(name);
+        let [root] = roots.as_slice() else {
+            bail!("{} has as {name}: {roots:?}", node.name());
+        };
+        let members = reverbs_tests::tree::descendants(root.pid);
+        let mut below: Vec<Process> = node.processes();
+        // Who has ended holds nothing. Hydra does not ask how `reverbs remote` has ended before it ends itself.
+        below.retain(|process| members.contains(&process.pid) && !process.is_zombie());
+        let mut daemons = Vec::new();
+        let mut parent = root.pid;
+        for name in &path[1..] {
+            let found = below
+                .iter()
+                .position(|process| process.name == *name && process.parent == parent);
+            let found = found.with_context(|| format!("{} has no {name}", node.name()))?;
+            parent = below[found].pid;
+            daemons.push(below.remove(found));
+        }
+        let program = self.library.program();
+        let strange = below
+            .iter()
+            .find(|process| process.name != program || process.parent != parent);
+        if let Some(strange) = strange {
+            bail!("{} has {strange:?} below {name}", node.name());
+        }
+        ensure!(
+            below.len() == RANKS,
+            "{} has {} ranks",
+            node.name(),
+            below.len()
+        );
+        Ok(Tree {
+            host: node.name().to_owned(),
+            root: root.clone(),
+            daemons,
+            ranks: below,
+        })
     }
 
     /// While the job runs, nobody else does: no remote shell, no daemon. What it was started by is on the first node.
@@ -203,13 +208,15 @@ impl Job {
     /// # Errors
     /// When somebody does.
     pub fn nothing_else(&self, cluster: &Cluster) -> Result<()> {
+        let first = cluster.first()?.name();
         for (node, tree) in cluster.nodes().iter().zip(self.trees(cluster)?) {
             let mut others = node.processes();
+            let own = tree.pids();
             others.retain(|process| {
-                process.pid != tree.root.pid
-                    && tree.ranks.iter().all(|rank| rank.pid != process.pid)
+                let ended_below = process.is_zombie() && own.contains(&process.parent);
+                !own.contains(&process.pid) && !ended_below
             });
-            if tree.root.name == "mpirun" {
+            if node.name() == first {
                 // Also who empties the pipes of a job that was brought back.
                 let above = processes::ancestors(&tree.root);
                 others.retain(|process| !above.contains(&process.pid) && process.name != "cat");
@@ -225,7 +232,20 @@ impl Job {
 pub struct Tree {
     pub host: String,
     pub root: Process,
+    /// Between the root and the ranks.
+    pub daemons: Vec<Process>,
     pub ranks: Vec<Process>,
+}
+
+impl Tree {
+    /// Of all its processes, the root first.
+    pub fn pids(&self) -> Vec<u32> {
+        let below = self.daemons.iter().chain(&self.ranks);
+        std::iter::once(&self.root)
+            .chain(below)
+            .map(|process| process.pid)
+            .collect()
+    }
 }
 
 /// The program below which a job runs must not have ended.

@@ -13,6 +13,7 @@ use crate::case::Context;
 use crate::clean;
 use crate::cluster::Cluster;
 use crate::job::{Job, Tree, still_runs};
+use crate::library::Library;
 
 /// The time limit of a single command.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -42,8 +43,8 @@ impl<'a> Launched<'a> {
     ///
     /// # Errors
     /// When it does not come so far.
-    pub fn start(context: &'a Context<'a>, cluster: &Cluster) -> Result<Self> {
-        let job = Job::over(cluster, context)?;
+    pub fn start(context: &'a Context<'a>, cluster: &Cluster, library: Library) -> Result<Self> {
+        let job = Job::over(cluster, context, library)?;
         let pid_file = context.folder.join("job.pid");
         let mut command = reverbs(context, cluster)?;
         command
@@ -52,7 +53,7 @@ impl<'a> Launched<'a> {
             .arg("--pid-file")
             .arg(&pid_file)
             .arg("--");
-        let mpirun = job.mpirun();
+        let mpirun = job.mpirun()?;
         command.arg(mpirun.get_program()).args(mpirun.get_args());
         let mut runner = cluster.first()?.start(&command, &context.folder, "job")?;
         runner.wait_for_line(context.deadline, "ready")?;
@@ -233,21 +234,30 @@ impl<'a> Launched<'a> {
     }
 
     /// The path that `checkpoint` has printed, of a complete image.
-    fn image(&self, cluster: &Cluster, output: &str) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// When it is no path, or the image is not complete.
+    pub fn image(&self, cluster: &Cluster, output: &str) -> Result<PathBuf> {
         let image = PathBuf::from(output.trim_end());
         ensure!(
             output.lines().count() == 1 && image.is_absolute(),
             "the output of `checkpoint` is to be a path: {output}"
         );
+        let nodes = self.job.hosts().len();
+        let manifest = if nodes == 1 {
+            "manifest.json"
+        } else {
+            "job.json"
+        };
         ensure!(
-            image.join("job.json").is_file(),
-            "{} has no job.json",
+            image.join(manifest).is_file(),
+            "{} has no {manifest}",
             image.display()
         );
         let parts = fs::read_dir(&image)?.flatten();
         let parts = parts.filter(|entry| entry.path().is_dir()).count();
         ensure!(
-            parts == self.job.hosts().len(),
+            nodes == 1 || parts == nodes,
             "{} has {parts} parts",
             image.display()
         );
@@ -373,12 +383,7 @@ impl<'a> Launched<'a> {
 
 /// The ids of a job's processes: they stay the same ones in a job that runs on.
 fn ids(trees: &[Tree]) -> Vec<u32> {
-    let mut ids = Vec::new();
-    for tree in trees {
-        ids.push(tree.root.pid);
-        ids.extend(tree.ranks.iter().map(|rank| rank.pid));
-    }
-    ids
+    trees.iter().flat_map(Tree::pids).collect()
 }
 
 /// Where the images of a case's job go: a folder that all nodes share.

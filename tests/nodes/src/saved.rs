@@ -9,6 +9,7 @@ use crate::case::{Action, Case, Context};
 use crate::cluster::{Cluster, Identity, others, usual};
 use crate::job::RANKS;
 use crate::launched::{COMMAND_LIMIT, Launched};
+use crate::library::Library;
 
 /// The time limit of each of these cases.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -17,6 +18,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 #[derive(Clone, Copy, Debug)]
 pub struct Saved {
     name: &'static str,
+    library: Library,
     nodes: u8,
     how: How,
 }
@@ -28,6 +30,8 @@ pub enum How {
     Runs,
     /// It is saved while it runs on.
     RunsOn,
+    /// The same while what has started its processes on the other nodes has not said so yet.
+    Starting,
     /// It is asked for its state, and is to be cycled and resumed.
     Commands,
     /// It is stopped, and restarted on the same nodes.
@@ -56,6 +60,7 @@ const SAVED: &[Saved] = &[
     saved("checkpoint-runs-on-2", 2, How::RunsOn),
     saved("checkpoint-runs-on-3", 3, How::RunsOn),
     saved("checkpoint-runs-on-8", 8, How::RunsOn),
+    saved("checkpoint-starting-3", 3, How::Starting),
     saved("commands-2", 2, How::Commands),
     saved("commands-3", 3, How::Commands),
     saved("restart-same-2", 2, How::SameNodes),
@@ -73,10 +78,53 @@ const SAVED: &[Saved] = &[
     saved("own-disks-2", 2, How::OwnDisks),
     saved("own-disks-3", 3, How::OwnDisks),
     saved("restart-after-death-3", 3, How::AfterDeath),
+    with(Library::OpenMpi5, "openmpi5-run-2", 2, How::Runs),
+    with(Library::OpenMpi5, "openmpi5-checkpoint-2", 2, How::RunsOn),
+    with(
+        Library::OpenMpi5,
+        "openmpi5-restart-fresh-2",
+        2,
+        How::FreshNodes,
+    ),
+    with(
+        Library::OpenMpi5,
+        "openmpi5-restart-others-2",
+        2,
+        How::OtherNodes,
+    ),
+    with(Library::Mpich, "mpich-run-2", 2, How::Runs),
+    with(Library::Mpich, "mpich-checkpoint-2", 2, How::RunsOn),
+    with(Library::Mpich, "mpich-restart-fresh-2", 2, How::FreshNodes),
+    with(Library::Mpich, "mpich-restart-others-2", 2, How::OtherNodes),
+    with(Library::Mpich, "mpich-checkpoint-1", 1, How::RunsOn),
+    with(Library::Mpich, "mpich-restart-fresh-1", 1, How::FreshNodes),
+    with(Library::IntelMpi, "intel-run-2", 2, How::Runs),
+    with(Library::IntelMpi, "intel-checkpoint-2", 2, How::RunsOn),
+    with(
+        Library::IntelMpi,
+        "intel-restart-others-2",
+        2,
+        How::OtherNodes,
+    ),
 ];
 
 const fn saved(name: &'static str, nodes: u8, how: How) -> Saved {
-    Saved { name, nodes, how }
+    with(Library::OpenMpi4, name, nodes, how)
+}
+
+const fn with(library: Library, name: &'static str, nodes: u8, how: How) -> Saved {
+    Saved {
+        name,
+        library,
+        nodes,
+        how,
+    }
+}
+
+impl Saved {
+    pub fn library(&self) -> Library {
+        self.library
+    }
 }
 
 /// The cases of this module.
@@ -99,7 +147,10 @@ pub fn cases() -> Vec<Case> {
 pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
     let own = usual(saved.nodes);
     let mut cluster = context.cluster(&own)?;
-    let mut job = Launched::start(context, &cluster)?;
+    if saved.how == How::Starting {
+        cluster.hold_answers()?;
+    }
+    let mut job = Launched::start(context, &cluster, saved.library)?;
     match saved.how {
         How::Runs => job.job().nothing_else(&cluster)?,
         How::RunsOn => {
@@ -107,6 +158,7 @@ pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
             let second = job.checkpoint(&cluster)?;
             ensure!(first != second, "one image for two checkpoints");
         }
+        How::Starting => starting(&cluster, &mut job)?,
         How::Commands => commands(&cluster, &mut job)?,
         How::SameNodes => {
             let image = job.checkpoint_and_stop(&cluster)?;
@@ -171,6 +223,21 @@ pub fn run(saved: &Saved, context: &Context<'_>) -> Result<String> {
     }
     let rounds = job.finish(&cluster)?;
     Ok(format!("{rounds} rounds"))
+}
+
+/// The job is at work, and `reverbs run` has not heard of all of it: a checkpoint waits for that.
+fn starting(cluster: &Cluster, job: &mut Launched<'_>) -> Result<()> {
+    /// Longer than it would take.
+    const AT_LEAST: Duration = Duration::from_secs(2);
+    let mut command = job.begin(cluster, "checkpoint", &[])?;
+    std::thread::sleep(AT_LEAST);
+    ensure!(command.ended()?.is_none(), "it has not waited");
+    cluster.let_answers_arrive()?;
+    command.wait_for_success(Deadline::after(COMMAND_LIMIT))?;
+    job.image(cluster, &command.output()?)?;
+    job.left_alone(cluster)?;
+    job.wait_for_progress()?;
+    job.job().nothing_else(cluster)
 }
 
 /// Here nobody opens an RDMA device, so that no process has an agent: the commands that speak to agents say so, and leave

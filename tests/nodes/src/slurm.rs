@@ -80,7 +80,7 @@ impl Slurm {
         let mut text = format!(
             "ClusterName=nodes\nSlurmctldHost={}({})\nSlurmUser=root\nSlurmdUser=root\n\
              AuthType=auth/munge\nAuthInfo=cred_expire={REQUEUE_DELAY}\nPluginDir={}\n\
-             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\n\
+             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/affinity\nMpiDefault=none\n\
              JobAcctGatherType=jobacct_gather/none\nSelectType=select/linear\n\
              SchedulerParameters=sched_interval=2\n\
              SlurmdParameters=config_overrides\nReturnToService=2\n\
@@ -115,16 +115,23 @@ impl Slurm {
     fn make_clients(&self) -> Result<()> {
         let clients = self.clients();
         fs::create_dir_all(&clients)?;
+        let loaders = self.folder.join("loaders");
+        fs::create_dir_all(&loaders)?;
         for name in ["sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun"] {
+            // The kernel calls a process by the name of the file that it has started.
+            let loader = loaders.join(name);
+            let _ = fs::remove_file(&loader);
+            std::os::unix::fs::symlink("/lib64/ld-linux-x86-64.so.2", &loader)?;
             let script = clients.join(name);
             fs::write(
                 &script,
                 format!(
                     "#!/bin/sh\nexport SLURM_CONF='{}'\n\
-                     exec /lib64/ld-linux-x86-64.so.2 --library-path '{1}/slurm-wlm:{1}' --argv0 {name} '{2}' \"$@\"\n",
+                     exec '{3}' --library-path '{1}/slurm-wlm:{1}' --argv0 {name} '{2}' \"$@\"\n",
                     self.configuration().display(),
                     self.packages.join(LIBRARIES).display(),
                     self.packages.join("usr/bin").join(name).display(),
+                    loader.display(),
                 ),
             )?;
             Command::new("chmod").arg("755").arg(&script).status()?;

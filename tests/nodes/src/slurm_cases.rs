@@ -11,15 +11,17 @@ use crate::case::{Action, Case, Context};
 use crate::clean;
 use crate::cluster::{Cluster, usual};
 use crate::job::{Job, RANKS};
+use crate::library::Library;
 use crate::slurm::{BatchJob, Slurm};
+use crate::slurm_steps;
 
 /// The time limit of each of these cases. Slurm counts time limits in minutes.
 const LIMIT: Duration = Duration::from_secs(240);
 
-const NODES: u8 = 2;
+pub(crate) const NODES: u8 = 2;
 
 /// So long a job may take from one state to the next.
-const CHANGE: Duration = Duration::from_secs(60);
+pub(crate) const CHANGE: Duration = Duration::from_secs(60);
 
 /// Slurm sends the signal up to a minute early, and looks every half minute.
 const TIME_LIMIT: Duration = Duration::from_secs(150);
@@ -33,6 +35,12 @@ pub enum Batch {
     Told(u32),
     /// The same when the time limit is near.
     TimeLimit,
+    /// Nobody says how other nodes are reached, so srun is used: the job is saved from outside of its allocation too.
+    Steps,
+    /// Such a job is ended, and restarted in an allocation of other nodes.
+    StepsElsewhere,
+    /// Ranks that srun itself has started are refused.
+    StepOfRanks,
 }
 
 /// The cases of this module.
@@ -41,6 +49,9 @@ pub fn cases() -> Vec<Case> {
         ("bare-slurm", Batch::Bare),
         ("slurm-requeue", Batch::Told(2)),
         ("slurm-time-limit", Batch::TimeLimit),
+        ("slurm-steps", Batch::Steps),
+        ("slurm-steps-elsewhere", Batch::StepsElsewhere),
+        ("slurm-srun-refused", Batch::StepOfRanks),
     ]
     .into_iter()
     .map(|(name, batch)| Case {
@@ -63,13 +74,16 @@ pub fn run(batch: Batch, context: &Context<'_>) -> Result<String> {
         Batch::Bare => bare(context, &cluster, &slurm),
         Batch::Told(times) => requeued(context, &cluster, &slurm, times),
         Batch::TimeLimit => time_limit(context, &cluster, &slurm),
+        Batch::Steps => slurm_steps::saved(context, &cluster, &slurm),
+        Batch::StepOfRanks => slurm_steps::of_ranks(context, &cluster, &slurm),
+        Batch::StepsElsewhere => slurm_steps::elsewhere(context, &mut cluster, &slurm),
     }
 }
 
 fn bare(context: &Context<'_>, cluster: &Cluster, slurm: &Slurm) -> Result<String> {
     let names = slurm.run(cluster, "srun -N 2 hostname | sort | tr '\\n' ' '")?;
     ensure!(names == "n1 n2 ", "srun: {names}");
-    let job = Job::over(cluster, context)?;
+    let job = Job::over(cluster, context, Library::OpenMpi4)?;
     let script = context.folder.join("batch");
     // Open MPI has Slurm start its daemons on the other nodes.
     fs::write(&script, format!("#!/bin/bash\nexec {}\n", in_shell(&job)?))?;
@@ -101,13 +115,13 @@ fn starts(output: &Path) -> Result<usize> {
 }
 
 /// Of sbatch, for all cases.
-fn options(output: &Path) -> String {
+pub(crate) fn options(output: &Path) -> String {
     format!("-N {NODES} --open-mode=append -o '{}'", output.display())
 }
 
 /// The command of a job as a shell reads it.
 fn in_shell(job: &Job) -> Result<String> {
-    let mpirun = job.mpirun();
+    let mpirun = job.mpirun()?;
     let words = std::iter::once(mpirun.get_program()).chain(mpirun.get_args());
     let words: Option<Vec<&str>> = words.map(std::ffi::OsStr::to_str).collect();
     let words = words.context("a name is not UTF-8")?;
@@ -118,8 +132,17 @@ fn in_shell(job: &Job) -> Result<String> {
         .join(" "))
 }
 
+/// What reaches the other nodes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Reach {
+    /// The nodes' remote shell.
+    Rsh,
+    /// What is taken where nobody says anything.
+    Srun,
+}
+
 /// The script that users copy, with our command in the place of theirs.
-fn example(context: &Context<'_>, cluster: &Cluster, job: &Job) -> Result<PathBuf> {
+fn example(context: &Context<'_>, cluster: &Cluster, job: &Job, reach: Reach) -> Result<PathBuf> {
     let file = xtask::paths::workspace().join("packaging/slurm/mpi-job.sh");
     let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
     let theirs = "mpirun --host \"$hosts\" ./my-program";
@@ -140,11 +163,11 @@ fn example(context: &Context<'_>, cluster: &Cluster, job: &Job) -> Result<PathBu
     let ours = ours.replace(&given, "--host \"$hosts\"");
     let reverbs = context.setup.reverbs()?;
     let bin = reverbs.parent().context("no folder")?;
-    let setting = format!(
-        "\nexport PATH={}:$PATH REVERBS_RSH={}\n\nimages=",
-        bin.display(),
-        cluster.rsh().display()
-    );
+    let rsh = match reach {
+        Reach::Rsh => format!("REVERBS_RSH={}", cluster.rsh().display()),
+        Reach::Srun => String::new(),
+    };
+    let setting = format!("\nexport PATH={}:$PATH {rsh}\n\nimages=", bin.display());
     let text = text
         .replace(theirs, &ours)
         .replacen("\nimages=", &setting, 1);
@@ -155,14 +178,15 @@ fn example(context: &Context<'_>, cluster: &Cluster, job: &Job) -> Result<PathBu
 }
 
 /// Submits the example and waits until its job is at work.
-fn submit(
+pub(crate) fn submit(
     context: &Context<'_>,
     cluster: &Cluster,
     slurm: &Slurm,
+    reach: Reach,
     more: &str,
 ) -> Result<(Job, u32, PathBuf)> {
-    let job = Job::over(cluster, context)?;
-    let script = example(context, cluster, &job)?;
+    let job = Job::over(cluster, context, Library::OpenMpi4)?;
+    let script = example(context, cluster, &job, reach)?;
     let output = context.folder.join("batch.out");
     let options = format!("{} --ntasks-per-node={RANKS} {more}", options(&output));
     let number = slurm.submit(cluster, &script, &options)?;
@@ -172,7 +196,7 @@ fn submit(
     Ok((job, number, output))
 }
 
-fn not_over(cluster: &Cluster, slurm: &Slurm, number: u32) -> Result<()> {
+pub(crate) fn not_over(cluster: &Cluster, slurm: &Slurm, number: u32) -> Result<()> {
     let job = slurm.job(cluster, number)?;
     ensure!(!job.is_over(), "it has ended: {job:?}");
     Ok(())
@@ -198,24 +222,42 @@ fn wait_for_restart(
     })
 }
 
+/// Sends the batch script what Slurm sends it before the time limit.
+pub(crate) fn tell(
+    context: &Context<'_>,
+    cluster: &Cluster,
+    slurm: &Slurm,
+    (job, number): (&Job, u32),
+    time: u32,
+) -> Result<()> {
+    slurm.run(cluster, &format!("scancel --batch --signal=TERM {number}"))?;
+    let deadline = context.deadline.at_most(CHANGE);
+    wait_for_restart(cluster, slurm, (job, number), time, deadline)
+}
+
 fn requeued(context: &Context<'_>, cluster: &Cluster, slurm: &Slurm, times: u32) -> Result<String> {
-    let (job, number, output) = submit(context, cluster, slurm, "--time=60")?;
+    let (job, number, output) = submit(context, cluster, slurm, Reach::Rsh, "--time=60")?;
     for time in 1..=times {
-        slurm.run(cluster, &format!("scancel --batch --signal=TERM {number}"))?;
-        let deadline = context.deadline.at_most(CHANGE);
-        wait_for_restart(cluster, slurm, (&job, number), time, deadline)?;
+        tell(context, cluster, slurm, (&job, number), time)?;
     }
     finish(context, cluster, slurm, (&job, number), &output)
 }
 
 fn time_limit(context: &Context<'_>, cluster: &Cluster, slurm: &Slurm) -> Result<String> {
-    let (job, number, output) = submit(context, cluster, slurm, "--time=2 --signal=B:TERM@60")?;
+    let (job, number, output) = submit(
+        context,
+        cluster,
+        slurm,
+        Reach::Rsh,
+        "--time=2 --signal=B:TERM@60",
+    )?;
     let deadline = context.deadline.at_most(TIME_LIMIT);
     wait_for_restart(cluster, slurm, (&job, number), 1, deadline)?;
     finish(context, cluster, slurm, (&job, number), &output)
 }
 
-fn finish(
+/// Lets the job end, and checks what it says and what is left.
+pub(crate) fn finish(
     context: &Context<'_>,
     cluster: &Cluster,
     slurm: &Slurm,
@@ -231,8 +273,13 @@ fn finish(
     );
     let rounds = job.account(&fs::read_to_string(output)?)?;
     ensure!(starts(output)? == 1, "it was started anew");
-    let images = context.folder.join(format!("images-{number}"));
+    let images = images(context, number);
     ensure!(images.is_dir(), "there are no images");
     clean::check(cluster, &[images])?;
     Ok(format!("{rounds} rounds, {} restarts", over.restarts))
+}
+
+/// Where the example keeps its images.
+pub(crate) fn images(context: &Context<'_>, number: u32) -> PathBuf {
+    context.folder.join(format!("images-{number}"))
 }
