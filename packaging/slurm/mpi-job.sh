@@ -14,7 +14,7 @@
 # A folder that all nodes share, one for each job: it holds the images.
 images=$SLURM_SUBMIT_DIR/images-$SLURM_JOB_ID
 
-# mpirun reaches the other nodes by ssh, or by what REVERBS_RSH names. Its list of nodes is given: of itself it would have
+# mpirun reaches the other nodes by srun, or by what REVERBS_RSH names. Its list of nodes is given: of itself it would have
 # Slurm start its daemons.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$SLURM_NTASKS_PER_NODE/" | paste -sd,)
 
