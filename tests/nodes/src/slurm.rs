@@ -80,7 +80,7 @@ impl Slurm {
         let mut text = format!(
             "ClusterName=nodes\nSlurmctldHost={}({})\nSlurmUser=root\nSlurmdUser=root\n\
              AuthType=auth/munge\nAuthInfo=cred_expire={REQUEUE_DELAY}\nPluginDir={}\n\
-             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/affinity\nMpiDefault=none\n\
+             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/affinity\nTaskPluginParam=Threads\nMpiDefault=none\n\
              JobAcctGatherType=jobacct_gather/none\nSelectType=select/linear\n\
              SchedulerParameters=sched_interval=2\n\
              SlurmdParameters=config_overrides\nReturnToService=2\n\
