@@ -154,6 +154,7 @@ pub const NODE_CASES: &[&str] = &[
     "=restart-others-2",
     "=restart-replaced-3",
     "=restart-unattended-2",
+    "=own-disks-3",
     "=restart-after-death-3",
     "=openmpi5-restart-others-2",
     "=mpich-restart-others-2",
