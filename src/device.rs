@@ -8,10 +8,10 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::RawFd;
 
 use rdma_core_sys::{
-    ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device,
-    ibv_device_attr_ex, ibv_gid_entry, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr,
-    ibv_qp_init_attr, ibv_query_device_ex_input, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
-    verbs_context,
+    ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq,
+    ibv_cq_init_attr_ex, ibv_device, ibv_device_attr_ex, ibv_gid_entry, ibv_mr, ibv_pd,
+    ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_init_attr_ex,
+    ibv_query_device_ex_input, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, verbs_context,
 };
 
 use crate::errno::{Errno, Verb};
@@ -229,6 +229,50 @@ pub unsafe fn query_port(
             .query_port
             .ok_or(Errno::NOT_SUPPORTED)?;
         Errno::check(query(context, port, attr, size_of::<ibv_port_attr>()))
+    }
+}
+
+impl Verbs {
+    /// `ibv_create_cq_ex`.
+    ///
+    /// # Safety
+    /// `context` as for [`extended`]; `attr` must be valid.
+    ///
+    /// # Errors
+    /// What the device answers; `EOPNOTSUPP` where it has no such verb.
+    pub unsafe fn create_cq_ex(
+        &self,
+        context: *mut ibv_context,
+        attr: &mut ibv_cq_init_attr_ex,
+    ) -> Verb<*mut ibv_cq> {
+        // SAFETY: as the caller vouches. An extended queue begins as a queue does (`ibv_cq_ex_to_cq`).
+        unsafe {
+            let create = (*extended(context))
+                .create_cq_ex
+                .ok_or(Errno::NOT_SUPPORTED)?;
+            self.pointer(create(context, attr).cast())
+        }
+    }
+
+    /// `ibv_create_qp_ex`.
+    ///
+    /// # Safety
+    /// `context` as for [`extended`]; `attr` must be valid.
+    ///
+    /// # Errors
+    /// What the device answers; `EOPNOTSUPP` where it has no such verb.
+    pub unsafe fn create_qp_ex(
+        &self,
+        context: *mut ibv_context,
+        attr: &mut ibv_qp_init_attr_ex,
+    ) -> Verb<*mut ibv_qp> {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let create = (*extended(context))
+                .create_qp_ex
+                .ok_or(Errno::NOT_SUPPORTED)?;
+            self.pointer(create(context, attr))
+        }
     }
 }
 

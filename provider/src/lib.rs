@@ -3,6 +3,7 @@
 //! Nothing but this crate knows libibverbs' private interface. `release` has what differs between its releases, `register`
 //! makes it load us, `verbs` are the operations it calls, and `native` is the second libibverbs that drives the hardware.
 
+mod extended_cq;
 mod fork;
 mod journal;
 mod native;

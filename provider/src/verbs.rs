@@ -16,13 +16,14 @@ use reverbs::virt::{
     shared_receive_queue,
 };
 
-use crate::{native, register};
+use crate::{extended_cq, native, register};
 
 /// What is announced to libibverbs, by slot name. A slot that is not here answers EOPNOTSUPP.
 pub(crate) const OPS: &[(&str, *const c_void)] = &[
     ("alloc_pd", alloc_pd as *const c_void),
     ("create_ah", create_ah as *const c_void),
     ("create_cq", create_cq as *const c_void),
+    ("create_cq_ex", extended_cq::create_cq_ex as *const c_void),
     ("create_qp", create_qp as *const c_void),
     ("create_srq", create_srq as *const c_void),
     ("dealloc_pd", dealloc_pd as *const c_void),
@@ -98,7 +99,7 @@ unsafe fn lead_queries(app: *mut ibv_context, tree: &Path) -> Verb<()> {
 }
 
 /// A verb that answers a pointer, or null and `errno`.
-fn pointer<T>(verb: impl FnOnce() -> Verb<*mut T>) -> *mut T {
+pub(crate) fn pointer<T>(verb: impl FnOnce() -> Verb<*mut T>) -> *mut T {
     match guarded(verb) {
         Ok(object) => object,
         Err(error) => {
@@ -130,7 +131,7 @@ fn guarded<T>(verb: impl FnOnce() -> Verb<T>) -> Verb<T> {
 
 /// The data path: as [`guarded`], with nothing on the good way.
 #[inline(always)]
-fn guarded_code(verb: impl FnOnce() -> c_int, on_panic: c_int) -> c_int {
+pub(crate) fn guarded_code(verb: impl FnOnce() -> c_int, on_panic: c_int) -> c_int {
     catch_unwind(AssertUnwindSafe(verb)).unwrap_or(on_panic)
 }
 

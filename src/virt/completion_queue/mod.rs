@@ -1,7 +1,9 @@
 //! Completion queues: notification, and what is held back while the gate is closed.
 
+mod extended;
 mod poll;
 
+pub use extended::{create_extended, current, end_poll, next_poll, start_poll};
 pub use poll::poll;
 
 use std::cell::UnsafeCell;
@@ -13,6 +15,7 @@ use std::time::Instant;
 
 use rdma_core_sys::{IBV_WC_WR_FLUSH_ERR, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc};
 
+use self::extended::Extended;
 use super::AppCq;
 use super::channel::{Channel, wait_until_acknowledged};
 use super::context::Context;
@@ -45,6 +48,8 @@ pub struct CompletionQueue {
     /// Events written to the application's channel. Changed under `Process::events` only.
     delivered: AtomicU32,
     index: AtomicUsize,
+    /// `None` for a queue that was made with `ibv_create_cq`.
+    extended: Option<Extended>,
 }
 
 // SAFETY: `state` is only touched under `lock`; the application's fields are libibverbs' business.
@@ -79,6 +84,18 @@ pub unsafe fn create(
     channel: *mut ibv_comp_channel,
     vector: c_int,
 ) -> Verb<*mut ibv_cq> {
+    // SAFETY: as the caller vouches.
+    unsafe { make(app, capacity, channel, vector, None) }
+}
+
+/// Makes a queue of either kind.
+unsafe fn make(
+    app: *mut ibv_context,
+    capacity: c_int,
+    channel: *mut ibv_comp_channel,
+    vector: c_int,
+    extended: Option<Extended>,
+) -> Verb<*mut ibv_cq> {
     let context = process().context(app)?;
     let _inside = context.enter()?;
     let channel = match channel.is_null() {
@@ -106,6 +123,7 @@ pub unsafe fn create(
         vector,
         delivered: AtomicU32::new(0),
         index: AtomicUsize::new(0),
+        extended,
     });
     queue.rebuild()?;
     let queue = Box::leak(queue);
@@ -362,15 +380,25 @@ impl CompletionQueue {
             .as_ref()
             .map_or(std::ptr::null_mut(), |channel| channel.hardware());
         let verbs = self.context.verbs;
+        let (device, own) = (
+            self.context.hardware(),
+            std::ptr::from_ref(self).cast_mut().cast(),
+        );
         // SAFETY: the context is open; `self` keeps its address until the hardware's queue is destroyed.
         unsafe {
-            let hardware = verbs.pointer((verbs.ibv_create_cq)(
-                self.context.hardware(),
-                state.capacity,
-                std::ptr::from_ref(self).cast_mut().cast(),
-                channel,
-                self.vector,
-            ))?;
+            let hardware = match &self.extended {
+                None => verbs.pointer((verbs.ibv_create_cq)(
+                    device,
+                    state.capacity,
+                    own,
+                    channel,
+                    self.vector,
+                ))?,
+                Some(extended) => {
+                    let mut attr = extended.attributes(state.capacity, own, channel, self.vector);
+                    verbs.create_cq_ex(device, &mut attr)?
+                }
+            };
             state.poll = (*(*hardware).context)
                 .ops
                 .poll_cq
