@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 
 use rdma_core_sys::{
     ibv_ah, ibv_ah_attr, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq,
-    ibv_cq_init_attr_ex, ibv_device, ibv_device_attr_ex, ibv_gid_entry, ibv_mr, ibv_pd,
+    ibv_cq_init_attr_ex, ibv_device, ibv_device_attr_ex, ibv_gid, ibv_gid_entry, ibv_mr, ibv_pd,
     ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_init_attr_ex,
     ibv_query_device_ex_input, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, verbs_context,
 };
@@ -90,6 +90,8 @@ table! {
     ibv_query_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int, init: *mut ibv_qp_init_attr) -> c_int;
     ibv_modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int;
     ibv_destroy_qp(qp: *mut ibv_qp) -> c_int;
+    ibv_attach_mcast(qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int;
+    ibv_detach_mcast(qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int;
     ibv_create_ah(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> *mut ibv_ah;
     ibv_destroy_ah(ah: *mut ibv_ah) -> c_int;
 }

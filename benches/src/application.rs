@@ -18,6 +18,7 @@ use rdma_core_sys::{
 use reverbs::virt;
 
 use crate::door;
+use crate::extended;
 use crate::null_device::{self, GID, NAME};
 use crate::restart::Machine;
 use crate::shape::{BATCH, Route, Shape};
@@ -61,6 +62,7 @@ pub struct Application {
     pairs: Vec<*mut ibv_qp>,
     shared: *mut ibv_srq,
     shape: Shape,
+    route: Route,
     sends: Vec<ibv_send_wr>,
     receives: Vec<ibv_recv_wr>,
     next_pair: usize,
@@ -84,14 +86,21 @@ impl Application {
             let context = control.open();
             let domain = control.alloc_pd(context);
             let region = control.reg_mr(domain, memory.as_ptr().cast_mut().cast(), memory.len());
-            let completions = control.create_cq(context);
+            let completions = match control.is_virtual(shape, &[Shape::Readers]) {
+                true => extended::create_cq(context),
+                false => control.create_cq(context),
+            };
             let shared = match shape {
                 Shape::SharedReceive => control.create_srq(domain),
                 _ => std::ptr::null_mut(),
             };
             let pairs: Vec<_> = (0..shape.pairs())
                 .map(|_| {
-                    let pair = control.create_qp(domain, completions, shared);
+                    let built = [Shape::Builders, Shape::BuildersOf16];
+                    let pair = match control.is_virtual(shape, &built) {
+                        true => extended::create_qp(domain, completions, &control.capacity()),
+                        false => control.create_qp(domain, completions, shared),
+                    };
                     control.connect_to_itself(pair);
                     pair
                 })
@@ -109,6 +118,7 @@ impl Application {
                 pairs,
                 shared,
                 shape,
+                route,
                 sends: Vec::new(),
                 receives: Vec::new(),
                 next_pair: 0,
@@ -172,9 +182,17 @@ impl Application {
                 match self.shape {
                     Shape::Receive => self.post_receives(first),
                     Shape::SharedReceive => self.post_shared_receives(first),
+                    Shape::Builders | Shape::BuildersOf16 if self.route != Route::Direct => {
+                        extended::send(self.pairs[0], &mut self.sends, self.shape.chain(), first);
+                    }
                     _ => self.post_sends(first),
                 }
-                self.poll(first);
+                match self.shape {
+                    Shape::Readers if self.route != Route::Direct => {
+                        extended::look(self.completions, first);
+                    }
+                    _ => self.poll(first),
+                }
             }
         }
         batches * BATCH as u64
@@ -229,10 +247,9 @@ impl Application {
     #[inline(always)]
     unsafe fn poll(&mut self, first: u64) {
         let every = self.shape.signaled_every() as u64;
-        let room = if self.shape == Shape::OneAtATime {
-            1
-        } else {
-            BATCH
+        let room = match self.shape {
+            Shape::OneAtATime | Shape::Readers => 1,
+            _ => BATCH,
         };
         let mut due = first + every - 1;
         // SAFETY: see the top; zero is a valid completion.
@@ -263,6 +280,21 @@ struct Control {
 impl Control {
     fn is_direct(&self) -> bool {
         self.route == Route::Direct
+    }
+
+    /// Is this one of the shapes that go another way through the virtual device?
+    fn is_virtual(&self, shape: Shape, shapes: &[Shape]) -> bool {
+        !self.is_direct() && shapes.contains(&shape)
+    }
+
+    fn capacity(&self) -> ibv_qp_cap {
+        ibv_qp_cap {
+            max_send_wr: DEPTH,
+            max_recv_wr: DEPTH,
+            max_send_sge: ELEMENTS as u32,
+            max_recv_sge: ELEMENTS as u32,
+            max_inline_data: 64,
+        }
     }
 
     unsafe fn open(&self) -> *mut ibv_context {
@@ -352,13 +384,7 @@ impl Control {
             send_cq: cq,
             recv_cq: cq,
             srq,
-            cap: ibv_qp_cap {
-                max_send_wr: DEPTH,
-                max_recv_wr: DEPTH,
-                max_send_sge: ELEMENTS as u32,
-                max_recv_sge: ELEMENTS as u32,
-                max_inline_data: 64,
-            },
+            cap: self.capacity(),
             qp_type: IBV_QPT_RC,
             sq_sig_all: 0,
         };

@@ -7,6 +7,7 @@
 
 pub mod application;
 pub mod door;
+mod extended;
 pub mod null_device;
 pub mod restart;
 pub mod shape;

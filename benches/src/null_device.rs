@@ -14,9 +14,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rdma_core_sys::{
     IBV_GID_TYPE_ROCE_V2, IBV_LINK_LAYER_ETHERNET, IBV_MTU_1024, IBV_MTU_4096, IBV_PORT_ACTIVE,
     IBV_QP_RQ_PSN, IBV_QP_STATE, IBV_SEND_SIGNALED, IBV_WC_RECV, IBV_WC_SEND, IBV_WC_SUCCESS,
-    ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_gid, ibv_gid_entry,
-    ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr,
-    ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc, verbs_context,
+    ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_cq_init_attr_ex,
+    ibv_device, ibv_gid, ibv_gid_entry, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_srq_attr,
+    ibv_srq_init_attr, ibv_wc, verbs_context,
 };
 use reverbs::device::Verbs;
 
@@ -117,6 +118,8 @@ pub extern "C" fn open_device(_: *mut ibv_device) -> *mut ibv_context {
     let mut context: Box<verbs_context> = Box::new(zeroed());
     context.sz = size_of::<verbs_context>();
     context.query_port = Some(query_port);
+    context.create_cq_ex = Some(create_cq_ex);
+    context.create_qp_ex = Some(create_qp_ex);
     context.context.cmd_fd = null.into_raw_fd();
     // SAFETY: makes a descriptor. Nothing ever happens, so it is never readable.
     context.context.async_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
@@ -271,6 +274,17 @@ extern "C" fn create_cq(
     Box::into_raw(Box::new(completions)).cast()
 }
 
+/// As any other: what an extended queue has besides is never asked for below the virtual device.
+unsafe extern "C" fn create_cq_ex(
+    context: *mut ibv_context,
+    attr: *mut ibv_cq_init_attr_ex,
+) -> *mut ibv_cq_ex {
+    // SAFETY: see the top.
+    let attr = unsafe { &*attr };
+    let cqe = attr.cqe.cast_signed();
+    create_cq(context, cqe, attr.cq_context, attr.channel, 0).cast()
+}
+
 extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
     // SAFETY: made by `create_cq`.
     drop(unsafe { Box::from_raw(cq.cast::<Completions>()) });
@@ -331,6 +345,14 @@ extern "C" fn create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> *mut ib
         attr: zeroed(),
     };
     Box::into_raw(Box::new(pair)).cast()
+}
+
+unsafe extern "C" fn create_qp_ex(
+    _: *mut ibv_context,
+    attr: *mut ibv_qp_init_attr_ex,
+) -> *mut ibv_qp {
+    // SAFETY: see the top. It begins with the fields of the other.
+    unsafe { create_qp((*attr).pd, attr.cast()) }
 }
 
 extern "C" fn query_qp(

@@ -45,6 +45,12 @@ shapes! {
     Pairs64 = "pairs-64";
     /// SEND over 1,024 queue pairs in turn.
     Pairs1024 = "pairs-1024";
+    /// SEND by `ibv_wr_*`, one request a batch. Directly: `ibv_post_send`.
+    Builders = "builders";
+    /// SEND by `ibv_wr_*`, one batch of 16, the last signaled. Directly: one chain.
+    BuildersOf16 = "builders-16";
+    /// SEND, the completions looked at from one start to one end. Directly: polled one at a time.
+    Readers = "readers";
     /// SEND, polled one completion at a time.
     OneAtATime = "poll-1";
     /// Receives of a queue pair.
@@ -69,7 +75,7 @@ impl Shape {
     pub fn chain(self) -> usize {
         match self {
             Self::ChainOf4 => 4,
-            Self::ChainOf16 => 16,
+            Self::ChainOf16 | Self::BuildersOf16 => 16,
             _ => 1,
         }
     }

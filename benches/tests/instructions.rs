@@ -11,12 +11,15 @@ const RECORDED: &[(Shape, f64, f64)] = &[
     (Shape::Send, 59.91, 109.38),
     (Shape::Write, 59.91, 114.50),
     (Shape::Unsignaled, 54.72, 95.40),
-    (Shape::ChainOf4, 143.58, 260.30),
-    (Shape::ChainOf16, 128.25, 247.65),
+    (Shape::ChainOf4, 127.78, 253.38),
+    (Shape::ChainOf16, 107.78, 235.22),
     (Shape::FourElements, 219.74, 466.42),
     (Shape::Inline32, 264.77, 321.22),
     (Shape::Pairs64, 59.92, 109.47),
     (Shape::Pairs1024, 59.50, 108.94),
+    (Shape::Builders, 152.21, 324.78),
+    (Shape::BuildersOf16, 128.08, 309.28),
+    (Shape::Readers, 77.65, 143.64),
     (Shape::OneAtATime, 75.41, 138.57),
     (Shape::Receive, 59.77, 144.43),
     (Shape::SharedReceive, 59.77, 203.40),
@@ -30,6 +33,8 @@ fn limit(shape: Shape, recorded: f64) -> f64 {
         Shape::ChainOf16,
         Shape::FourElements,
         Shape::Inline32,
+        Shape::Builders,
+        Shape::BuildersOf16,
     ];
     let share = if general.contains(&shape) { 0.06 } else { 0.02 };
     recorded + f64::max(1.0, recorded * share)

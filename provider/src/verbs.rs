@@ -6,32 +6,39 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use rdma_core_sys::{
-    ibv_ah, ibv_ah_attr, ibv_comp_channel, ibv_context, ibv_cq, ibv_device_attr_ex, ibv_mr, ibv_pd,
-    ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_query_device_ex_input, ibv_recv_wr,
-    ibv_send_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc,
+    ibv_ah, ibv_ah_attr, ibv_comp_channel, ibv_context, ibv_cq, ibv_device_attr_ex, ibv_gid,
+    ibv_mr, ibv_mw, ibv_mw_bind, ibv_mw_type, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_query_device_ex_input, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_srq_attr,
+    ibv_srq_init_attr, ibv_wc,
 };
 use reverbs::errno::{Errno, Verb};
 use reverbs::virt::{
-    address_handle, completion_queue, context, memory_region, protection_domain, queue_pair,
-    shared_receive_queue,
+    address_handle, completion_queue, context, memory_region, memory_window, protection_domain,
+    queue_pair, shared_receive_queue,
 };
 
-use crate::{extended_cq, native, register};
+use crate::{extended_cq, extended_qp, native, register};
 
 /// What is announced to libibverbs, by slot name. A slot that is not here answers EOPNOTSUPP.
 pub(crate) const OPS: &[(&str, *const c_void)] = &[
+    ("alloc_mw", alloc_mw as *const c_void),
     ("alloc_pd", alloc_pd as *const c_void),
+    ("attach_mcast", attach_mcast as *const c_void),
+    ("bind_mw", bind_mw as *const c_void),
     ("create_ah", create_ah as *const c_void),
     ("create_cq", create_cq as *const c_void),
     ("create_cq_ex", extended_cq::create_cq_ex as *const c_void),
     ("create_qp", create_qp as *const c_void),
+    ("create_qp_ex", extended_qp::create_qp_ex as *const c_void),
     ("create_srq", create_srq as *const c_void),
+    ("dealloc_mw", dealloc_mw as *const c_void),
     ("dealloc_pd", dealloc_pd as *const c_void),
     ("dereg_mr", dereg_mr as *const c_void),
     ("destroy_ah", destroy_ah as *const c_void),
     ("destroy_cq", destroy_cq as *const c_void),
     ("destroy_qp", destroy_qp as *const c_void),
     ("destroy_srq", destroy_srq as *const c_void),
+    ("detach_mcast", detach_mcast as *const c_void),
     ("free_context", free_context as *const c_void),
     ("modify_qp", modify_qp as *const c_void),
     ("modify_srq", modify_srq as *const c_void),
@@ -191,6 +198,21 @@ unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
     code(|| unsafe { memory_region::deregister(mr) })
 }
 
+unsafe extern "C" fn alloc_mw(pd: *mut ibv_pd, kind: ibv_mw_type) -> *mut ibv_mw {
+    // SAFETY: see above.
+    pointer(|| unsafe { memory_window::alloc(pd, kind) })
+}
+
+unsafe extern "C" fn dealloc_mw(mw: *mut ibv_mw) -> c_int {
+    // SAFETY: see above.
+    code(|| unsafe { memory_window::dealloc(mw) })
+}
+
+unsafe extern "C" fn bind_mw(qp: *mut ibv_qp, mw: *mut ibv_mw, bind: *mut ibv_mw_bind) -> c_int {
+    // SAFETY: see above.
+    code(|| unsafe { memory_window::bind(qp, mw, &*bind) })
+}
+
 unsafe extern "C" fn create_cq(
     app: *mut ibv_context,
     cqe: c_int,
@@ -282,6 +304,16 @@ unsafe extern "C" fn query_qp(
 unsafe extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {
     // SAFETY: see above.
     code(|| unsafe { queue_pair::destroy(qp) })
+}
+
+unsafe extern "C" fn attach_mcast(qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int {
+    // SAFETY: see above.
+    code(|| unsafe { queue_pair::attach(qp, gid, lid) })
+}
+
+unsafe extern "C" fn detach_mcast(qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int {
+    // SAFETY: see above.
+    code(|| unsafe { queue_pair::detach(qp, gid, lid) })
 }
 
 unsafe extern "C" fn post_send(

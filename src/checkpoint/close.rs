@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Phase;
 use super::drain::{each_completion_queue, each_pair};
+use super::examine::memory_windows;
 use crate::virt::completion_queue::CompletionQueue;
 use crate::virt::process::process;
 
@@ -14,6 +15,11 @@ pub(crate) fn close(limit: Duration) -> Phase<()> {
         return Err(
             "a thread has stayed inside a control verb; is it stopped, or in a debugger?".into(),
         );
+    }
+    // Asked for here once more: one may have been made since Examine, and from here on none is.
+    if let Some(window) = memory_windows().into_iter().next() {
+        process.gate.open();
+        return Err(window);
     }
     let until = Instant::now() + limit;
     for context in &process.contexts() {

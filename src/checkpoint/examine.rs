@@ -64,6 +64,7 @@ pub(crate) fn examine() -> Vec<Obstacle> {
             ));
         }
     }
+    memory_windows().into_iter().for_each(&mut say);
     // The hardware's own mappings go with its contexts; a process that has no context must have none.
     if process().contexts().is_empty()
         && let Ok(mappings) = rdma_mappings(Whose::Own)
@@ -97,6 +98,22 @@ pub(crate) fn numbers_bytes() -> u64 {
         )
     };
     process().contexts().into_iter().map(of).sum()
+}
+
+/// Windows are bound by requests, and no verb tells to what. In words.
+pub(super) fn memory_windows() -> Vec<String> {
+    let mut windows = Vec::new();
+    for context in process().contexts() {
+        for (_, window) in &context.objects().windows {
+            // SAFETY: it is in the registry, which is locked.
+            let rkey = unsafe { window.get() }.rkey().0;
+            windows.push(format!(
+                "memory window with rkey {rkey:#x} on {} is allocated; windows cannot be bound again",
+                context.name()
+            ));
+        }
+    }
+    windows
 }
 
 /// The RDMA descriptors of this process. For a moment within `ibv_open_device` and `ibv_close_device` libibverbs has one that we

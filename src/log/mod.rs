@@ -5,12 +5,13 @@
 //! `wr_id` without any look-up, whatever its opcode or status (the opcode of a failed completion is undefined), and for
 //! shared receive queues, which complete in any order. See docs/work-logs.md.
 
+mod build;
 mod receive;
 mod ring;
 mod send;
 
 pub use receive::{ReceiveRing, ReceiveSlot};
-pub use send::{SendRing, SendSlot, copy_payload, is_simple, takes_receive};
+pub use send::{SendRing, SendSlot, copy_payload, is_local, is_simple, takes_receive};
 
 use std::ffi::c_void;
 use std::sync::atomic::AtomicU64;

@@ -10,9 +10,9 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rdma_core_sys::{
-    IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
-    IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
-    ibv_wr_opcode,
+    IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_BIND_MW,
+    IBV_WR_LOCAL_INV, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM,
+    IBV_WR_SEND_WITH_INV, ibv_send_wr, ibv_sge, ibv_wr_opcode,
 };
 
 use super::SlotHead;
@@ -27,7 +27,7 @@ pub struct SendSlot {
     pub wr: ibv_send_wr,
     pub head: SlotHead,
     /// Room for the bytes of an inline request, `max_inline` of them.
-    inline: *mut u8,
+    pub(super) inline: *mut u8,
     /// The PSN after this request's last packet.
     pub psn_after: u32,
     /// Messages up to and including this one that use up a receive at the peer. Only where they are counted:
@@ -50,28 +50,36 @@ pub fn takes_receive(opcode: ibv_wr_opcode) -> bool {
     [
         IBV_WR_SEND,
         IBV_WR_SEND_WITH_IMM,
+        IBV_WR_SEND_WITH_INV,
         IBV_WR_RDMA_WRITE_WITH_IMM,
     ]
     .contains(&opcode)
 }
 
+/// Is a request done by the sender's device alone? It sends no packet.
+#[inline(always)]
+#[must_use]
+pub fn is_local(opcode: ibv_wr_opcode) -> bool {
+    [IBV_WR_LOCAL_INV, IBV_WR_BIND_MW].contains(&opcode)
+}
+
 /// The ring. All methods need the queue's lock, but for `completed`, which pollers move.
 #[derive(Debug)]
 pub struct SendRing {
-    cursor: *mut SendSlot,
+    pub(super) cursor: *mut SendSlot,
     limit: *mut SendSlot,
-    stride: usize,
-    psn: u32,
+    pub(super) stride: usize,
+    pub(super) psn: u32,
     mtu_mask: u32,
     mtu_shift: u32,
     /// The longest message that is surely one packet.
     one_packet: u32,
     /// Address of the [`SlotHead`] last seen completed; in a ring that never completed any, of the last entry.
     completed: Box<AtomicU64>,
-    base: *mut SendSlot,
-    end: *mut SendSlot,
-    max_sge: u32,
-    max_inline: u32,
+    pub(super) base: *mut SendSlot,
+    pub(super) end: *mut SendSlot,
+    pub(super) max_sge: u32,
+    pub(super) max_inline: u32,
     memory: Option<(Memory, Memory)>,
 }
 
@@ -255,7 +263,7 @@ impl SendRing {
     pub unsafe fn log(&mut self, wr: *const ibv_send_wr) -> Verb<*mut SendSlot> {
         // SAFETY: as above.
         unsafe {
-            if !is_simple(&*wr) {
+            if (*wr).opcode > IBV_WR_SEND_WITH_INV {
                 return Err(Errno::NOT_SUPPORTED);
             }
             let count = u32::try_from((*wr).num_sge).map_err(|_| Errno::INVALID)?;
@@ -264,6 +272,9 @@ impl SendRing {
             }
             let slot = self.cursor;
             copy_request(wr, slot);
+            if (*wr).opcode == IBV_WR_BIND_MW {
+                (*slot).wr.__bindgen_anon_2.bind_mw = (*wr).__bindgen_anon_2.bind_mw;
+            }
             let from: &[ibv_sge] = match count {
                 // The list of a request without elements may be null.
                 0 => &[],
@@ -437,22 +448,22 @@ impl SendRing {
         self.completed.store(slot.head.wr_id(), Ordering::Release);
     }
 
-    fn completed_slot(&self) -> *mut SendSlot {
+    pub(super) fn completed_slot(&self) -> *mut SendSlot {
         let head = self.completed.load(Ordering::Acquire) as usize;
         ptr::with_exposed_provenance_mut::<SendSlot>(head - std::mem::offset_of!(SendSlot, head))
     }
 
-    fn wrapped(&self, slot: *mut SendSlot) -> *mut SendSlot {
+    pub(super) fn wrapped(&self, slot: *mut SendSlot) -> *mut SendSlot {
         if slot == self.end { self.base } else { slot }
     }
 
     /// Packets of a message: a message of no bytes takes one (IBTA 9.7.1); a READ takes as many as its response. An atomic
-    /// takes one, however long the memory is that its 8 bytes come back to.
+    /// takes one, however long the memory is that its 8 bytes come back to; what the device does by itself takes none.
     #[inline]
     #[must_use]
     pub fn packets(&self, opcode: u32, length: u32) -> u32 {
-        if opcode >= IBV_WR_ATOMIC_CMP_AND_SWP {
-            return 1;
+        if opcode >= IBV_WR_ATOMIC_CMP_AND_SWP && opcode != IBV_WR_SEND_WITH_INV {
+            return u32::from(!is_local(opcode));
         }
         let packets = (u64::from(length) + u64::from(self.mtu_mask)) >> self.mtu_shift;
         (packets as u32).max(1)

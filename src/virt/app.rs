@@ -2,7 +2,7 @@
 //!
 //! libibverbs casts an object to the private type around it (`verbs_qp`, `verbs_cq`, ...), whose size depends on the
 //! release. Each object here starts with the public type and is followed by enough zeroes for the largest release known,
-//! so that every private field reads as "not there" (no `VERBS_QP_EX`, no XRC domain). The provider's release tables are
+//! so that every private field reads as "not there" (no XRC domain; no `VERBS_QP_EX` until the provider sets it). The provider's release tables are
 //! checked against these sizes.
 
 use rdma_core_sys::{ibv_cq, ibv_mr, ibv_qp, ibv_srq};

@@ -16,6 +16,7 @@ use super::channel::EventPipe;
 use super::completion_queue::CompletionQueue;
 use super::gate::Inside;
 use super::memory_region::MemoryRegion;
+use super::memory_window::MemoryWindow;
 use super::own_pair::OwnPair;
 use super::ports::{self, PortMap};
 use super::process::{Process, Registered, lock, process};
@@ -42,6 +43,8 @@ pub struct Context {
     names: Mutex<Names>,
     /// Local keys, from the first restart on: every live one is here.
     pub(crate) lkeys: KeyTable,
+    /// Keys of memory windows, without the byte that changes.
+    pub(crate) window_keys: KeyTable,
     /// Hardware queue pair numbers back to virtual ones, for completions of shared receive queues.
     pub(crate) qpns_back: Mutex<std::sync::Arc<KeyTable>>,
     /// The device as the application first saw it; noted when it is first let go of.
@@ -77,6 +80,7 @@ struct Names {
 pub struct Objects {
     pub(crate) domains: Slab<Registered<ProtectionDomain>>,
     pub(crate) regions: Slab<Registered<MemoryRegion>>,
+    pub(crate) windows: Slab<Registered<MemoryWindow>>,
     pub(crate) completion_queues: Slab<Registered<CompletionQueue>>,
     pub(crate) shared_queues: Slab<Registered<SharedReceiveQueue>>,
     pub(crate) queue_pairs: Slab<Registered<QueuePair>>,
@@ -139,6 +143,7 @@ pub unsafe fn open(
             events,
             names: Mutex::new(names),
             lkeys: KeyTable::default(),
+            window_keys: KeyTable::default(),
             qpns_back: Mutex::default(),
             first_seen: Mutex::default(),
             ports: Mutex::default(),
@@ -301,12 +306,7 @@ pub unsafe fn query_device(
     let context = process().context(app)?;
     let _inside = context.enter()?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
-    unsafe {
-        device::query_device_ex(context.hardware(), input, attr, size)?;
-        // Verbs we do not have must not be announced: a program would rely on them and fail later.
-        (*attr).orig_attr.max_mw = 0;
-    }
-    Ok(())
+    unsafe { device::query_device_ex(context.hardware(), input, attr, size) }
 }
 
 /// `ibv_query_port`.

@@ -96,14 +96,17 @@ pub unsafe fn register(
 
 /// Does a fresh region's key equal one that the application or its peers hold for another?
 fn collides(context: &Context, hardware: &ibv_mr) -> bool {
+    context.lkeys.get(hardware.lkey).is_some() || is_reserved(context, VirtualKey(hardware.rkey))
+}
+
+/// Is this a remote key that the job knows at an address of this device?
+pub(crate) fn is_reserved(context: &Context, rkey: VirtualKey) -> bool {
     process().directory().is_some_and(|directory| {
         let ports = lock(&context.ports);
         let mut addresses = ports.iter().flat_map(PortMap::addresses);
-        context.lkeys.get(hardware.lkey).is_some()
-            || addresses.any(|address| directory.has_key_at(address, VirtualKey(hardware.rkey)))
+        addresses.any(|address| directory.has_key_at(address, rkey))
     })
 }
-
 /// `ibv_dereg_mr`.
 ///
 /// # Safety
@@ -133,6 +136,13 @@ pub unsafe fn deregister(app: *mut ibv_mr) -> Verb<()> {
 }
 
 impl MemoryRegion {
+    /// # Safety
+    /// `app` must come from [`register`] and not be deregistered while the reference is used.
+    pub(crate) unsafe fn of<'a>(app: *mut ibv_mr) -> &'a Self {
+        // SAFETY: as the caller vouches; `app` is the first field.
+        unsafe { &*app.cast::<Self>() }
+    }
+
     #[must_use]
     pub fn lkey(&self) -> VirtualKey {
         VirtualKey(self.app.public.lkey)

@@ -19,6 +19,7 @@ mod lock;
 #[cfg(test)]
 mod lock_tests;
 pub mod memory_region;
+pub mod memory_window;
 mod own_pair;
 pub mod ports;
 pub mod process;

@@ -7,7 +7,9 @@
 //! same command (`UVERBS_METHOD_INVOKE_WRITE`), which makes the device look at its queue.
 
 use kmod_compat::devices::DriverId;
-use rdma_core_sys::{IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_qp, ibv_send_wr};
+use rdma_core_sys::{
+    IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_BIND_MW, ibv_qp, ibv_send_wr,
+};
 
 use crate::errno::{Errno, Verb};
 
@@ -90,6 +92,11 @@ pub(super) unsafe extern "C" fn post_send(
 
 /// Why the device refused a request that our log let pass: the doorbell's error has hidden it (`validate_send_wr` of rxe.c).
 fn why(request: &ibv_send_wr) -> Errno {
+    // SAFETY: both of the union's fields are plain numbers.
+    let immediate = unsafe { request.__bindgen_anon_1.imm_data };
+    if request.opcode == IBV_WR_BIND_MW && (request.num_sge != 0 || immediate != 0) {
+        return Errno::INVALID;
+    }
     let atomic = [IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD];
     if !atomic.contains(&request.opcode) {
         return Errno::NO_MEMORY;

@@ -6,7 +6,7 @@ use rdma_core_sys::{
 
 use crate::control::message::Progress;
 use crate::handle::Psn;
-use crate::log::takes_receive;
+use crate::log::{is_local, takes_receive};
 
 /// All of the outstanding lies within half of the PSN space (IBTA 9.7.2), so a distance tells the order.
 const HALF_OF_PSNS: u32 = 1 << 23;
@@ -26,6 +26,11 @@ impl Outstanding {
     pub(super) fn is_answered(&self) -> bool {
         self.is_read()
             || [IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD].contains(&self.opcode)
+    }
+
+    /// Nothing of it reaches the peer.
+    fn is_local(&self) -> bool {
+        is_local(self.opcode)
     }
 
     pub(super) fn is_read(&self) -> bool {
@@ -60,10 +65,16 @@ pub(super) fn executed(
 fn by_psn(requests: &[Outstanding], acknowledged: usize, expected: Psn) -> Result<usize, String> {
     let last = requests[requests.len() - 1].psn_after;
     let behind = last.since(expected);
-    let executed = requests
+    let reached = requests
         .iter()
         .take_while(|request| last.since(request.psn_after) >= behind)
         .count();
+    // Of what takes no packet and lies behind the last one nobody knows whether the device came to it. It may be done again.
+    let last_sent = requests[..reached]
+        .iter()
+        .rposition(|request| !request.is_local())
+        .map_or(0, |index| index + 1);
+    let executed = last_sent.max(acknowledged.min(reached));
     if behind > HALF_OF_PSNS || executed < acknowledged {
         return Err(format!(
             "the peer expects PSN {:#x}, which does not fit the {} requests outstanding",
@@ -121,7 +132,8 @@ fn by_count(requests: &[Outstanding], acknowledged: usize, received: u32) -> Res
 #[cfg(test)]
 mod tests {
     use rdma_core_sys::{
-        IBV_WR_ATOMIC_FETCH_AND_ADD as ADD, IBV_WR_RDMA_READ as READ, IBV_WR_RDMA_WRITE as WRITE,
+        IBV_WR_ATOMIC_FETCH_AND_ADD as ADD, IBV_WR_LOCAL_INV as INVALIDATE,
+        IBV_WR_RDMA_READ as READ, IBV_WR_RDMA_WRITE as WRITE,
         IBV_WR_RDMA_WRITE_WITH_IMM as WRITE_WITH_IMM, IBV_WR_SEND as SEND,
     };
 
@@ -164,6 +176,29 @@ mod tests {
         // Less than was acknowledged, and more than was sent.
         assert_eq!(by_psn(&opcodes, 2, 0x00ff_ffff), None);
         assert_eq!(by_psn(&opcodes, 0, 3), None);
+    }
+
+    #[test]
+    fn what_the_device_does_by_itself_is_done_again_unless_something_behind_it_was_executed() {
+        let mut requests = outstanding(&[SEND, INVALIDATE, SEND, INVALIDATE]);
+        for index in [1, 3] {
+            requests[index].psn_after = requests[index - 1].psn_after;
+        }
+        requests[2].psn_after = Psn(0);
+        requests[3].psn_after = Psn(0);
+        let executed = |acknowledged, expected| {
+            executed(
+                &requests,
+                acknowledged,
+                Some(Progress::Expects(Psn(expected))),
+            )
+            .ok()
+        };
+        assert_eq!(executed(0, 0x00ff_ffff), Some(1));
+        assert_eq!(executed(2, 0x00ff_ffff), Some(2));
+        assert_eq!(executed(0, 0), Some(3));
+        assert_eq!(executed(4, 0), Some(4));
+        assert_eq!(executed(3, 0x00ff_ffff), None);
     }
 
     #[test]

@@ -6,15 +6,15 @@ use std::sync::atomic::Ordering;
 use rdma_core_sys::{
     IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_CAP, IBV_QP_DEST_QPN, IBV_QP_PKEY_INDEX, IBV_QP_PORT,
     IBV_QP_QKEY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QPS_ERR, IBV_QPS_INIT,
-    IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, IBV_QPS_SQE, ibv_qp, ibv_qp_attr,
-    ibv_qp_init_attr, ibv_qp_state, ibv_recv_wr,
+    IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, IBV_QPS_SQE, ibv_pd, ibv_qp, ibv_qp_attr,
+    ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_qp_state, ibv_recv_wr,
 };
 
-use super::QueuePair;
 use super::address::translate_address;
 use super::attributes::{Attributes, RC_TO_RTR, RC_TO_RTS, UC_TO_RTR, UC_TO_RTS, path_mtu};
 use super::doorbell;
 use super::send_queue::PostSend;
+use super::{Extended, QueuePair};
 use crate::control::message::{HardwareAddress, HardwarePeer, Progress, QueuePairNumbers};
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, Psn};
@@ -62,10 +62,16 @@ impl QueuePair {
                 qp_type: self.kind,
                 sq_sig_all: i32::from(self.signal_all),
             };
-            let made = verbs.pointer((verbs.ibv_create_qp)(
-                (*self.domain).hardware(),
-                &raw mut init,
-            ))?;
+            let domain = (*self.domain).hardware();
+            let made = match self.extended {
+                None => verbs.pointer((verbs.ibv_create_qp)(domain, &raw mut init))?,
+                Some(extended) => {
+                    let mut all = extended.attributes(domain, init);
+                    let made = verbs.create_qp_ex(self.context.hardware(), &mut all)?;
+                    init.cap = all.cap;
+                    made
+                }
+            };
             Ok((made, init))
         }
     }
@@ -225,6 +231,7 @@ impl QueuePair {
         if hardware.is_null() {
             return Ok(());
         }
+        self.detach_below(hardware);
         // SAFETY: the device's own; its queues are detached.
         Errno::check(unsafe { (self.context.verbs.ibv_destroy_qp)(hardware) })
     }
@@ -286,6 +293,7 @@ impl QueuePair {
         let first_psn = attributes.fresh_psn.ok_or(Errno::INVALID)?;
         self.send.translate();
         self.receive.translate();
+        self.attach_again()?;
         if target == IBV_QPS_RESET {
             return Ok(Connected::AsBefore);
         }
@@ -415,6 +423,27 @@ impl QueuePair {
     /// Closes it; `false` if a thread stays inside.
     pub(crate) fn close(&self, limit: std::time::Instant) -> bool {
         self.send.close(limit) && self.receive.check(limit)
+    }
+}
+
+impl Extended {
+    /// How to make the hardware's queue pair.
+    fn attributes(self, domain: *mut ibv_pd, init: ibv_qp_init_attr) -> ibv_qp_init_attr_ex {
+        ibv_qp_init_attr_ex {
+            qp_context: init.qp_context,
+            send_cq: init.send_cq,
+            recv_cq: init.recv_cq,
+            srq: init.srq,
+            cap: init.cap,
+            qp_type: init.qp_type,
+            sq_sig_all: init.sq_sig_all,
+            comp_mask: self.comp_mask,
+            pd: domain,
+            create_flags: self.create_flags,
+            send_ops_flags: self.send_ops,
+            // SAFETY: zero is valid, and no bit of the mask names the rest.
+            ..unsafe { std::mem::zeroed() }
+        }
     }
 }
 

@@ -2,10 +2,12 @@
 
 mod address;
 mod attributes;
+pub mod builder;
 mod datagram;
 mod doorbell;
 mod executed;
 mod hardware;
+mod multicast;
 mod post;
 mod post_general;
 mod send_queue;
@@ -14,21 +16,28 @@ mod settle;
 pub(crate) use address::translate_address;
 pub(super) use attributes::{RC_TO_INIT, RC_TO_RTR, RC_TO_RTS};
 pub(crate) use datagram::rewrite_datagram;
+pub use multicast::{attach, detach};
 pub use post::{post_receive, post_send};
 pub(crate) use settle::Fate;
 
 use std::ffi::c_void;
+use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rdma_core_sys::{
-    IBV_QP_CAP, IBV_QP_PATH_MTU, IBV_QP_STATE, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR,
-    IBV_QPS_RTS, IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap,
-    ibv_qp_init_attr, ibv_qp_type,
+    IBV_QP_CAP, IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP, IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD,
+    IBV_QP_EX_WITH_BIND_MW, IBV_QP_EX_WITH_LOCAL_INV, IBV_QP_EX_WITH_RDMA_READ,
+    IBV_QP_EX_WITH_RDMA_WRITE, IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM, IBV_QP_EX_WITH_SEND,
+    IBV_QP_EX_WITH_SEND_WITH_IMM, IBV_QP_EX_WITH_SEND_WITH_INV, IBV_QP_INIT_ATTR_CREATE_FLAGS,
+    IBV_QP_INIT_ATTR_PD, IBV_QP_INIT_ATTR_SEND_OPS_FLAGS, IBV_QP_PATH_MTU, IBV_QP_STATE,
+    IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD,
+    ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_qp_type,
 };
 
 use self::attributes::Attributes;
 pub(crate) use self::hardware::{Connected, hardware_post_send};
+use self::multicast::Group;
 use self::send_queue::SendQueue;
 use super::AppQp;
 use super::channel::wait_until_acknowledged;
@@ -56,14 +65,26 @@ pub struct QueuePair {
     shared: *const SharedReceiveQueue,
     kind: ibv_qp_type,
     signal_all: bool,
+    /// `None` for one that was made with `ibv_create_qp`.
+    extended: Option<Extended>,
     number: VirtualQpn,
     hardware: AtomicPtr<ibv_qp>,
     /// What was granted.
     capacity: ibv_qp_cap,
     attributes: Mutex<Attributes>,
+    /// Multicast groups that it is attached to.
+    groups: Mutex<Vec<Group>>,
     /// Asynchronous events written for it. Changed under `Process::events` only.
     pub(crate) delivered: AtomicU32,
     index: AtomicUsize,
+}
+
+/// What an extended queue pair was made with besides.
+#[derive(Clone, Copy, Debug)]
+struct Extended {
+    comp_mask: u32,
+    create_flags: u32,
+    send_ops: u64,
 }
 
 // SAFETY: the pointers are only followed under the gate, which keeps what they point at; the queues have their locks.
@@ -78,7 +99,63 @@ unsafe impl Sync for QueuePair {}
 /// What the device answers; `EOPNOTSUPP` for a transport that is not RC, UC or UD.
 pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut ibv_qp> {
     // SAFETY: as the caller vouches.
-    let (domain, init) = unsafe { (ProtectionDomain::of(pd), &mut *init) };
+    unsafe { make(pd, &mut *init, None) }
+}
+
+/// The operations that can be logged.
+const SEND_OPS: u32 = IBV_QP_EX_WITH_RDMA_WRITE
+    | IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM
+    | IBV_QP_EX_WITH_SEND
+    | IBV_QP_EX_WITH_SEND_WITH_IMM
+    | IBV_QP_EX_WITH_RDMA_READ
+    | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
+    | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD
+    | IBV_QP_EX_WITH_LOCAL_INV
+    | IBV_QP_EX_WITH_BIND_MW
+    | IBV_QP_EX_WITH_SEND_WITH_INV;
+
+/// `ibv_create_qp_ex`. The functions of the object are left to the caller.
+///
+/// # Safety
+/// What `init` names must come from us. The capacities are updated to what was granted.
+///
+/// # Errors
+/// What the device answers; `EOPNOTSUPP` for what is not in docs/verbs.md.
+pub unsafe fn create_extended(init: &mut ibv_qp_init_attr_ex) -> Verb<*mut ibv_qp> {
+    let known =
+        IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_CREATE_FLAGS | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS;
+    let mask = init.comp_mask;
+    let send_ops = match mask & IBV_QP_INIT_ATTR_SEND_OPS_FLAGS {
+        0 => 0,
+        _ => init.send_ops_flags,
+    };
+    if mask & !known != 0 || send_ops & !u64::from(SEND_OPS) != 0 {
+        return Err(Errno::NOT_SUPPORTED);
+    }
+    if mask & IBV_QP_INIT_ATTR_PD == 0 {
+        return Err(Errno::INVALID);
+    }
+    let extended = Extended {
+        comp_mask: mask,
+        create_flags: init.create_flags,
+        send_ops,
+    };
+    let pd = init.pd;
+    // SAFETY: as the caller vouches. It begins with the fields of the other, in their order.
+    unsafe {
+        let init = &mut *ptr::from_mut(init).cast::<ibv_qp_init_attr>();
+        make(pd, init, Some(extended))
+    }
+}
+
+/// Makes a queue pair of either kind.
+unsafe fn make(
+    pd: *mut ibv_pd,
+    init: &mut ibv_qp_init_attr,
+    extended: Option<Extended>,
+) -> Verb<*mut ibv_qp> {
+    // SAFETY: as the caller vouches.
+    let domain = unsafe { ProtectionDomain::of(pd) };
     let _inside = domain.context.enter()?;
     if ![IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD].contains(&init.qp_type) {
         return Err(Errno::NOT_SUPPORTED);
@@ -100,10 +177,12 @@ pub unsafe fn create(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> Verb<*mut 
             shared: init.srq.cast(),
             kind: init.qp_type,
             signal_all: init.sq_sig_all != 0,
+            extended,
             number: VirtualQpn(0),
             hardware: AtomicPtr::default(),
             capacity: init.cap,
             attributes: Mutex::default(),
+            groups: Mutex::default(),
             delivered: AtomicU32::new(0),
             index: AtomicUsize::new(0),
         })

@@ -4,19 +4,20 @@ use std::ffi::c_int;
 use std::mem::offset_of;
 
 use rdma_core_sys::{
-    IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_SEND,
-    IBV_WR_SEND_WITH_IMM, ibv_send_wr, ibv_sge,
+    IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
+    IBV_WR_BIND_MW, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, IBV_WR_SEND_WITH_INV, ibv_send_wr, ibv_sge,
 };
 
 use super::send_queue::{COUNTED, DATAGRAM, HOLD, State, TRANSLATE};
 use crate::errno::{Errno, Verb};
 use crate::handle::VirtualKey;
-use crate::log::SendSlot;
+use crate::log::{SendSlot, is_local};
 use crate::translate::Directory;
 use crate::virt::address_handle::AddressHandle;
 use crate::virt::context::Context;
 use crate::virt::local_key::local_key;
 use crate::virt::lock::WANTED;
+use crate::virt::memory_window;
 
 /// The two kinds of SEND, which name no remote key, differ in the lowest bit.
 const _: () = assert!(IBV_WR_SEND & 1 == 0 && IBV_WR_SEND_WITH_IMM == IBV_WR_SEND | 1);
@@ -24,10 +25,12 @@ const _: () = assert!(IBV_WR_SEND & 1 == 0 && IBV_WR_SEND_WITH_IMM == IBV_WR_SEN
 /// Where a request that is not a SEND has the peer's key: the opcode says which of the union's fields it is. In bytes.
 #[inline(always)]
 pub(super) const fn remote_key_place(opcode: u32) -> usize {
-    if opcode < IBV_WR_ATOMIC_CMP_AND_SWP {
-        offset_of!(ibv_send_wr, wr.rdma.rkey)
-    } else {
-        offset_of!(ibv_send_wr, wr.atomic.rkey)
+    match opcode {
+        IBV_WR_ATOMIC_CMP_AND_SWP | IBV_WR_ATOMIC_FETCH_AND_ADD => {
+            offset_of!(ibv_send_wr, wr.atomic.rkey)
+        }
+        IBV_WR_SEND_WITH_INV => offset_of!(ibv_send_wr, __bindgen_anon_1.invalidate_rkey),
+        _ => offset_of!(ibv_send_wr, wr.rdma.rkey),
     }
 }
 
@@ -78,7 +81,9 @@ impl State {
                 request = (*request).next;
             }
             if !head.is_null() {
-                failed = self.post_chain(head, first, psn_before).or(failed);
+                let refused = self.post_chain(head, psn_before);
+                let request = |(index, error)| (nth(first, index), error);
+                failed = refused.map(request).or(failed);
             }
             match failed {
                 Some((request, error)) => {
@@ -101,6 +106,10 @@ impl State {
         // SAFETY: as the caller vouches; there is room.
         unsafe {
             let slot = self.ring.log(request)?;
+            if (*slot).wr.opcode == IBV_WR_BIND_MW {
+                let bind = &mut (*slot).wr.__bindgen_anon_2.bind_mw;
+                *bind = memory_window::below(bind)?;
+            }
             if general & COUNTED != 0 {
                 self.ring.count_receives(slot);
             }
@@ -108,18 +117,17 @@ impl State {
         }
     }
 
-    /// Posts linked entries; says which of the application's requests was refused.
-    unsafe fn post_chain(
+    /// Posts linked entries, and unlinks them; says which of them was refused.
+    pub(super) unsafe fn post_chain(
         &mut self,
         head: *mut SendSlot,
-        first: *mut ibv_send_wr,
         psn_before: u32,
-    ) -> Option<(*mut ibv_send_wr, Errno)> {
+    ) -> Option<(usize, Errno)> {
         let mut refused = std::ptr::null_mut();
-        // SAFETY: the entries from `head` on were logged just now, in the order of the application's chain.
+        // SAFETY: the entries from `head` on were logged just now.
         unsafe {
             let code = (self.post)(self.hardware, &raw mut (*head).wr, &raw mut refused);
-            let (mut slot, mut request, mut psn) = (head, first, psn_before);
+            let (mut slot, mut psn, mut index) = (head, psn_before, 0);
             let mut failed = None;
             loop {
                 let next = std::mem::replace(&mut (*slot).wr.next, std::ptr::null_mut());
@@ -127,7 +135,7 @@ impl State {
                     && failed.is_none()
                     && (&raw mut (*slot).wr == refused || refused.is_null())
                 {
-                    failed = Some((request, Errno(code)));
+                    failed = Some((index, Errno(code)));
                     self.ring.undo(slot, psn);
                 }
                 if next.is_null() {
@@ -135,7 +143,7 @@ impl State {
                 }
                 psn = (*slot).psn_after;
                 slot = next.cast();
-                request = (*request).next;
+                index += 1;
             }
         }
     }
@@ -162,9 +170,17 @@ impl State {
     }
 
     /// Refuses a request that is to be held where [`Self::post_slot`] would.
-    unsafe fn check(&self, general: u32, context: &Context, request: &ibv_send_wr) -> Verb<()> {
+    pub(super) unsafe fn check(
+        &self,
+        general: u32,
+        context: &Context,
+        request: &ibv_send_wr,
+    ) -> Verb<()> {
         if general & DATAGRAM != 0 {
             names_address_handle(request)?;
+        }
+        if general & TRANSLATE != 0 && is_local(request.opcode) {
+            check_local(context, request)?;
         }
         if general & TRANSLATE != 0 && request.send_flags & IBV_SEND_INLINE == 0 {
             for index in 0..request.num_sge as usize {
@@ -206,7 +222,9 @@ impl State {
                     }
                     copy.sg_list = self.elements.as_mut_ptr();
                 }
-                if copy.opcode & !1 != IBV_WR_SEND {
+                if is_local(copy.opcode) {
+                    check_local(context, &copy)?;
+                } else if copy.opcode & !1 != IBV_WR_SEND {
                     let key = remote_key(&mut copy);
                     *key = self.remote(*key);
                 }
@@ -245,6 +263,29 @@ impl State {
             self.last_remote = (u64::from(key), found);
         }
         self.last_remote.1
+    }
+}
+
+/// A request of the application's chain.
+unsafe fn nth(first: *mut ibv_send_wr, index: usize) -> *mut ibv_send_wr {
+    // SAFETY: the chain is longer than that.
+    (0..index).fold(first, |request, _| unsafe { (*request).next })
+}
+
+/// After a restart a key to invalidate that is no window's may be another region's below; and the hardware that a window was to
+/// be bound on may have gone.
+#[cold]
+fn check_local(context: &Context, request: &ibv_send_wr) -> Verb<()> {
+    // SAFETY: the opcode says which of the union's fields is meant.
+    let sound = unsafe {
+        match request.opcode {
+            IBV_WR_BIND_MW => !request.__bindgen_anon_2.bind_mw.mw.is_null(),
+            _ => memory_window::is_window(context, request.__bindgen_anon_1.invalidate_rkey),
+        }
+    };
+    match sound {
+        true => Ok(()),
+        false => Err(Errno::INVALID),
     }
 }
 

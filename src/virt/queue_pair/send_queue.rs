@@ -6,8 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use rdma_core_sys::{IBV_QPT_UD, ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_send_wr, ibv_sge};
+use rdma_core_sys::{
+    IBV_QPT_UD, IBV_WR_BIND_MW, ibv_qp, ibv_qp_cap, ibv_qp_type, ibv_send_wr, ibv_sge,
+};
 
+use super::builder::Batch;
 use crate::errno::Verb;
 use crate::handle::Psn;
 use crate::log::{SendRing, SendSlot};
@@ -66,6 +69,8 @@ pub(super) struct State {
     /// The translations used last, which the next request most likely needs again.
     pub(super) last_local: LastKey,
     pub(super) last_remote: (u64, u32),
+    /// What is being built with `ibv_wr_*`.
+    pub(super) batch: Batch,
 }
 
 unsafe extern "C" fn refuse(
@@ -96,6 +101,7 @@ impl SendQueue {
             peer_keys: None,
             last_local: LastKey::NONE,
             last_remote: NO_KEY,
+            batch: Batch::default(),
         };
         Self {
             lock: QueueLock::default(),
@@ -175,6 +181,16 @@ impl SendQueue {
 
     pub(super) fn detach(&self) {
         self.attach(std::ptr::null_mut(), refuse);
+        self.with(|state| {
+            for slot in state.ring.outstanding() {
+                // SAFETY: an entry of the ring. The window that it names goes with the hardware, or has gone.
+                unsafe {
+                    if (*slot).wr.opcode == IBV_WR_BIND_MW {
+                        (*slot).wr.__bindgen_anon_2.bind_mw.mw = std::ptr::null_mut();
+                    }
+                }
+            }
+        });
     }
 
     /// Closes the gate of this queue: from here on requests are logged and held.

@@ -8,8 +8,9 @@ use std::sync::OnceLock;
 use rdma_core_sys::{
     IBV_QP_DEST_QPN, IBV_QP_PATH_MTU, IBV_QP_QKEY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE,
     IBV_QPS_ERR, IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, ibv_ah, ibv_ah_attr,
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr,
-    ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_cq_init_attr_ex, ibv_device, ibv_mr,
+    ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_recv_wr, ibv_send_wr,
+    ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc,
 };
 use reverbs::device::Verbs;
 use reverbs_benches::null_device;
@@ -85,6 +86,10 @@ extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
     ops.post_srq_recv = Some(post_srq_recv);
     ops.req_notify_cq = Some(req_notify_cq);
     fabric().has_told = false;
+    // SAFETY: as above.
+    let extended = unsafe { &mut *reverbs::device::extended(context) };
+    extended.create_cq_ex = Some(create_cq_ex);
+    extended.create_qp_ex = Some(create_qp_ex);
     context
 }
 
@@ -143,6 +148,24 @@ extern "C" fn create_cq(
     };
     fabric().completions.insert(queue.addr(), completions);
     queue
+}
+
+/// Nothing of what an extended queue has besides is looked at through the device's object.
+unsafe extern "C" fn create_cq_ex(
+    context: *mut ibv_context,
+    attr: *mut ibv_cq_init_attr_ex,
+) -> *mut ibv_cq_ex {
+    // SAFETY: see the top.
+    let attr = unsafe { &*attr };
+    let vector = attr.comp_vector.cast_signed();
+    let queue = create_cq(
+        context,
+        attr.cqe.cast_signed(),
+        attr.cq_context,
+        attr.channel,
+        vector,
+    );
+    queue.cast()
 }
 
 extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
@@ -247,6 +270,14 @@ extern "C" fn create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> *mut ib
         qp_type: init.qp_type,
         ..zeroed()
     }))
+}
+
+unsafe extern "C" fn create_qp_ex(
+    _: *mut ibv_context,
+    attr: *mut ibv_qp_init_attr_ex,
+) -> *mut ibv_qp {
+    // SAFETY: see the top. It begins with the fields of the other.
+    unsafe { create_qp((*attr).pd, attr.cast()) }
 }
 
 extern "C" fn query_qp(

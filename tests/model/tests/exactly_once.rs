@@ -135,15 +135,19 @@ fn plan() -> impl Strategy<Value = Plan> {
         transport,
         prop::bool::weighted(0.3),
         prop::bool::weighted(0.2),
+        any::<bool>(),
         stage(),
         stage(),
     )
-        .prop_map(|(transport, shared, signal_all, first, second)| Plan {
-            transport,
-            shared,
-            signal_all,
-            stages: [first, second],
-        })
+        .prop_map(
+            |(transport, shared, signal_all, extended, first, second)| Plan {
+                transport,
+                shared,
+                signal_all,
+                extended,
+                stages: [first, second],
+            },
+        )
 }
 
 /// What is around the device, for a share of the programs: it delays and reorders completions, and fails while hardware is made.
@@ -358,6 +362,7 @@ fn an_event_when_a_checkpoint_is_given_up() {
         transport: Transport::Reliable,
         shared: false,
         signal_all: true,
+        extended: false,
         stages: [3, 3],
     };
     let wish = Wish {

@@ -4,8 +4,8 @@ use std::ffi::{c_char, c_int, c_void};
 
 use rdma_core_sys::{
     IBV_QP_STATE, IBV_QPS_ERR, IBV_QPS_RESET, ibv_ah, ibv_ah_attr, ibv_async_event,
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_gid_entry, ibv_mr, ibv_pd, ibv_qp,
-    ibv_qp_attr, ibv_qp_init_attr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_gid, ibv_gid_entry, ibv_mr, ibv_pd,
+    ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
 };
 use reverbs::device::Verbs;
 
@@ -125,6 +125,8 @@ verbs! {
         // SAFETY: see the top.
         unsafe { settle(qp) };
     };
+    code ibv_attach_mcast as {"attach_mcast"} (qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int;
+    code ibv_detach_mcast as {"detach_mcast"} (qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int;
     pointer ibv_create_ah as {"create_ah"} (pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> *mut ibv_ah;
     code ibv_destroy_ah as {"destroy_ah"} (ah: *mut ibv_ah) -> c_int;
 }

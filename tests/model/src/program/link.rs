@@ -15,6 +15,7 @@ use reverbs_benches::application::CONNECT;
 use reverbs_benches::null_device::GID;
 
 use super::arena::{Arena, SLOT, SLOTS};
+use super::builders;
 use super::queues::Receives;
 use super::{DEPTH, ELEMENTS, INLINE, Operation, TARGETS};
 
@@ -33,6 +34,8 @@ pub struct Plan {
     /// Receives come from the queue that all such links of a side share.
     pub shared: bool,
     pub signal_all: bool,
+    /// Requests are built with `ibv_wr_*`.
+    pub extended: bool,
     /// How far each end gets at first: RESET, INIT, RTR, RTS.
     pub stages: [usize; 2],
 }
@@ -215,7 +218,10 @@ impl End {
             let mut arena = Arena::new(below.domain, MEMORY);
             arena.fill(COUNTER + 8, &constant());
             Self {
-                pair: queue_pair::create(below.domain, &raw mut init).expect("create_qp"),
+                pair: match plan.extended {
+                    true => builders::create(below.domain, &init),
+                    false => queue_pair::create(below.domain, &raw mut init).expect("create_qp"),
+                },
                 arena,
                 stage: 0,
                 next: 0,

@@ -5,6 +5,7 @@
 //! other is given.
 
 mod arena;
+mod builders;
 mod check;
 mod link;
 mod post;
@@ -123,12 +124,13 @@ impl Program {
             let domain = protection_domain::alloc(app).expect("alloc_pd");
             (*domain).context = app;
             let app = &raw mut *app;
+            let extended = plans.first().is_some_and(|plan| plan.extended);
             Self {
                 context: app,
                 domain,
                 sides: [(); 2].map(|()| Side {
-                    send_queue: Queue::new(app),
-                    receive_queue: Queue::new(app),
+                    send_queue: Queue::new(app, extended),
+                    receive_queue: Queue::new(app, extended),
                     shared: Shared::new(domain),
                 }),
                 links: Vec::new(),

@@ -8,6 +8,7 @@ use rdma_core_sys::{
 use reverbs::virt::queue_pair;
 
 use super::arena::{SLOT, SLOTS};
+use super::builders;
 use super::link::{COUNTER, OUT, RESULT, TARGET, Transport};
 use super::{DEPTH, ELEMENTS, INLINE, Kind, LONGEST, LONGEST_RUN, Operation, Program, TARGETS};
 
@@ -90,7 +91,11 @@ impl Program {
             requests[index].sg_list = elements.as_mut_ptr();
             requests[index].num_sge = elements.len() as i32;
             if spoiled == Some(index) {
-                requests[index].num_sge = ELEMENTS as i32 + 1;
+                // More than a queue takes, inline or not.
+                elements.resize(ELEMENTS as usize + 1, elements[0]);
+                elements[0].length += INLINE;
+                requests[index].sg_list = elements.as_mut_ptr();
+                requests[index].num_sge = elements.len() as i32;
             }
         }
         for index in 1..count {
@@ -99,12 +104,19 @@ impl Program {
         let mut bad = std::ptr::null_mut();
         let pair = self.links[link].ends[end].pair;
         // SAFETY: see the top of the module; the chain lives until the post returns.
-        let code = unsafe { queue_pair::post_send(pair, &raw mut requests[0], &raw mut bad) };
+        let code = unsafe {
+            match self.links[link].plan.extended {
+                true => builders::post(pair, &requests),
+                false => queue_pair::post_send(pair, &raw mut requests[0], &raw mut bad),
+            }
+        };
         let first_bad = requests
             .iter()
             .position(|request| std::ptr::eq(request, bad));
         let taken = match (code, spoiled) {
             (0, None) => count,
+            // All of a batch or nothing.
+            (libc::ENOMEM, _) | (libc::EINVAL, Some(_)) if self.links[link].plan.extended => 0,
             (libc::ENOMEM, _) if first_bad <= spoiled.or(Some(count)) => {
                 first_bad.expect("it says which")
             }

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::os::fd::IntoRawFd;
 
 use rdma_core_sys::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_pd, ibv_qp, ibv_recv_wr, ibv_srq, ibv_srq_attr,
-    ibv_srq_init_attr, ibv_wc,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_cq_init_attr_ex, ibv_pd,
+    ibv_poll_cq_attr, ibv_qp, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc,
 };
 use reverbs::virt::{completion_queue, queue_pair, shared_receive_queue};
 
@@ -24,12 +24,15 @@ pub(super) struct Queue {
     armed: bool,
     /// And a completion has, since.
     owed: bool,
+    /// Completions are looked at one by one; whether that has begun.
+    extended: bool,
+    polling: bool,
 }
 
 impl Queue {
     /// # Safety
     /// `app` must be open.
-    pub(super) unsafe fn new(app: *mut ibv_context) -> Self {
+    pub(super) unsafe fn new(app: *mut ibv_context, extended: bool) -> Self {
         let null = std::fs::File::open("/dev/null").expect("/dev/null");
         let mut channel = Box::new(ibv_comp_channel {
             context: app,
@@ -38,13 +41,23 @@ impl Queue {
         });
         // SAFETY: as the caller vouches.
         unsafe {
-            let object = completion_queue::create(app, 256, &raw mut *channel, 0).expect("cq");
+            let object = match extended {
+                true => {
+                    let mut attr: ibv_cq_init_attr_ex = std::mem::zeroed();
+                    (attr.cqe, attr.channel) = (256, &raw mut *channel);
+                    completion_queue::create_extended(app, &attr).map(|made| made.cast())
+                }
+                false => completion_queue::create(app, 256, &raw mut *channel, 0),
+            };
+            let object = object.expect("cq");
             (*object).context = app;
             Self {
                 object,
                 channel,
                 armed: false,
                 owed: false,
+                extended,
+                polling: false,
             }
         }
     }
@@ -53,7 +66,10 @@ impl Queue {
         // SAFETY: the queue is there; zero is a valid completion.
         let (got, completion) = unsafe {
             let mut completion: ibv_wc = std::mem::zeroed();
-            let got = completion_queue::poll(self.object, 1, &raw mut completion);
+            let got = match self.extended {
+                true => self.advance(&mut completion),
+                false => completion_queue::poll(self.object, 1, &raw mut completion),
+            };
             (got, completion)
         };
         self.owed |= got > 0 && self.armed;
@@ -62,6 +78,31 @@ impl Queue {
             1 => Some(completion),
             code => panic!("poll: {code}"),
         }
+    }
+
+    /// As a poll of one.
+    unsafe fn advance(&mut self, completion: &mut ibv_wc) -> i32 {
+        let queue: *mut ibv_cq_ex = self.object.cast();
+        let attr = ibv_poll_cq_attr { comp_mask: 0 };
+        // SAFETY: the queue is there, and is one that is looked at so.
+        unsafe {
+            let code = match self.polling {
+                true => completion_queue::next_poll(queue),
+                false => completion_queue::start_poll(queue, &raw const attr),
+            };
+            if code == libc::ENOENT {
+                if std::mem::take(&mut self.polling) {
+                    completion_queue::end_poll(queue);
+                }
+                return 0;
+            }
+            assert_eq!(code, 0, "start or next");
+            self.polling = true;
+            *completion = *completion_queue::current(queue);
+            let shown = ((*queue).wr_id, (*queue).status);
+            assert_eq!(shown, (completion.wr_id, completion.status));
+        }
+        1
     }
 
     /// Asks for an event. What is found by polling right afterwards may have come before.
