@@ -177,6 +177,8 @@ int main(int count, char **arguments)
 		{ "events", events_over_cycles, { 1, 3 } },
 		{ "threads", threads_over_cycles, { 10 } },
 		{ "forks", children, { 1 } },
+		{ "objects", objects_over_cycles, { 1, 2 } },
+		{ "windows", windows, { 1 } },
 	};
 	struct facts facts = { .gid_index = 1 };
 	const char *device = "rxe0", *part = "";

@@ -64,6 +64,10 @@ void events_over_cycles(struct facts *facts, unsigned int cycles);
 /* corners_threads.c: all kinds of threads at once. */
 void threads_over_cycles(struct facts *facts, unsigned int cycles);
 
+/* corners_objects.c */
+void objects_over_cycles(struct facts *facts, unsigned int cycles);
+void windows(struct facts *facts, unsigned int cycles);
+
 /* corners_forks.c: forked children. Below the provider they are refused what they have inherited. */
 extern bool children_are_refused;
 void children(struct facts *facts, unsigned int cycles);

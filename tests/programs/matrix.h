@@ -56,6 +56,8 @@ struct options {
 	enum sharing sharing;
 	uint32_t window, max_size, sges, unsignaled, chain;
 	bool inlined, events, slow_receiver, rnr;
+	/* Extended objects, and the second way to post and poll. */
+	bool extended;
 	/* Seconds without any progress after which something is taken to be lost. */
 	uint64_t patience;
 };

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#include "extended.h"
 #include "matrix.h"
 
 #include <endian.h>
@@ -261,7 +262,8 @@ bool take_receive_completions(struct worker *worker)
 
 	if (!poller->concurrent && pthread_mutex_trylock(&poller->lock))
 		return false;
-	count = ibv_poll_cq(poller->notify.cq[RECEIVE_CQ], asked, wc);
+	count = (matrix.options.extended ? extended_poll : ibv_poll_cq)(
+		poller->notify.cq[RECEIVE_CQ], asked, wc);
 	if (count < 0)
 		fail("ibv_poll_cq: %d", count);
 	note_poll(&poller->notify, RECEIVE_CQ, count, asked);

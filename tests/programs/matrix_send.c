@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#include "extended.h"
 #include "matrix.h"
 
 #include <endian.h>
@@ -157,7 +158,8 @@ bool send_more(struct worker *worker, struct lane *lane)
 	pthread_mutex_unlock(&lane->lock);
 	if (!chain.length)
 		return false;
-	result = ibv_post_send(lane->endpoint->qp, chain.wr, &bad);
+	result = matrix.options.extended ? extended_post(lane->endpoint->qp, chain.wr) :
+					   ibv_post_send(lane->endpoint->qp, chain.wr, &bad);
 	if (result)
 		fail("%s: ibv_post_send of %u, bad_wr is number %td: %s",
 		     describe(lane, "before", lane->next), chain.length, bad - chain.wr,
@@ -263,7 +265,8 @@ bool take_send_completions(struct worker *worker)
 
 	if (!poller->concurrent && pthread_mutex_trylock(&poller->lock))
 		return false;
-	count = ibv_poll_cq(poller->notify.cq[SEND_CQ], asked, wc);
+	count = (matrix.options.extended ? extended_poll : ibv_poll_cq)(
+		poller->notify.cq[SEND_CQ], asked, wc);
 	if (count < 0)
 		fail("ibv_poll_cq: %d", count);
 	note_poll(&poller->notify, SEND_CQ, count, asked);

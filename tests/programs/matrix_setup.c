@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#include "extended.h"
 #include "matrix.h"
 
 #include <errno.h>
@@ -64,6 +65,7 @@ void read_options(int count, char **arguments)
 		{ "events", no_argument, NULL, 'e' },
 		{ "slow-receiver", no_argument, NULL, 'o' },
 		{ "rnr", no_argument, NULL, 'r' },
+		{ "extended", no_argument, NULL, 'x' },
 		{ NULL, 0, NULL, 0 },
 	};
 	struct options *options = &matrix.options;
@@ -96,6 +98,7 @@ void read_options(int count, char **arguments)
 		case 'e': options->events = true; break;
 		case 'o': options->slow_receiver = true; break;
 		case 'r': options->rnr = true; break;
+		case 'x': options->extended = true; break;
 		default: exit(2);
 		}
 	}
@@ -224,8 +227,10 @@ static void make_memory(void)
 
 static struct ibv_cq *make_cq(struct poller *poller, uint32_t entries)
 {
-	struct ibv_cq *cq =
-		ibv_create_cq(matrix.context, entries, poller, poller->notify.channel, 0);
+	struct ibv_comp_channel *channel = poller->notify.channel;
+	struct ibv_cq *cq = matrix.options.extended ?
+				    extended_cq(matrix.context, entries, poller, channel) :
+				    ibv_create_cq(matrix.context, entries, poller, channel, 0);
 
 	if (!cq)
 		fail("ibv_create_cq with %u entries: %s", entries, strerror(errno));
@@ -282,7 +287,8 @@ static void make_endpoint(struct endpoint *endpoint)
 	};
 	int access = IBV_ACCESS_REMOTE_WRITE;
 
-	endpoint->qp = ibv_create_qp(matrix.pd, &init);
+	endpoint->qp = matrix.options.extended ? extended_qp(matrix.pd, &init) :
+						 ibv_create_qp(matrix.pd, &init);
 	if (!endpoint->qp)
 		fail("ibv_create_qp: %s", strerror(errno));
 	endpoint->max_inline =

@@ -10,7 +10,7 @@ use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults, killed,
     killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals, stale,
-    stock, stopped, strangers, wrapped,
+    stock, stopped, strangers, suite, wrapped,
 };
 
 /// In which modes a case makes sense.
@@ -65,6 +65,8 @@ pub struct Case {
 pub enum Action {
     /// A stock server and client.
     Pair(&'static stock::Pair),
+    /// rdma-core's own tests.
+    Suite,
     /// `verbs_facts`.
     Facts,
     /// One of our own programs.
@@ -163,6 +165,7 @@ impl Case {
     pub fn run(&self, job: &Job<'_>) -> Result<String> {
         match &self.action {
             Action::Pair(pair) => stock::run(pair, job).map(|()| String::new()),
+            Action::Suite => suite::run(job),
             Action::Facts => facts::run(job),
             Action::Own(own) => own_programs::run(own, job),
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
@@ -196,6 +199,7 @@ impl Case {
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
     let mut cases = stock::cases();
+    cases.extend(suite::cases());
     cases.extend(own_programs::cases());
     cases.extend(faults::cases());
     cases.extend(cycles::cases());

@@ -33,6 +33,8 @@ pub struct Part {
     variable: Option<&'static str>,
     /// Cycles in whose place a checkpoint is made, after which the program runs on.
     checkpoints: &'static [u32],
+    /// A cycle that must be refused, and what is said then.
+    refused: Option<(u32, &'static str)>,
 }
 
 const PARTS: &[Part] = &[
@@ -40,6 +42,12 @@ const PARTS: &[Part] = &[
     Part::new("corner-posts", "posts"),
     Part::new("corner-events", "events"),
     Part::new("corner-threads", "threads"),
+    Part::new("corner-objects", "objects"),
+    // Nobody can tell to what the windows are bound; once they are gone, it is as always.
+    Part {
+        refused: Some((1, "memory window with rkey 0x")),
+        ..Part::new("corner-windows", "windows")
+    },
     // The second has a child that lives on, the fifth one that has opened a device for itself.
     Part {
         checkpoints: &[2, 5],
@@ -63,6 +71,7 @@ impl Part {
             options: &[],
             variable: None,
             checkpoints: &[],
+            refused: None,
         }
     }
 }
@@ -173,6 +182,20 @@ fn wait_for_question(program: &mut Running, job: &Job<'_>, number: u32) -> Resul
 fn replace_hardware(program: &Running, job: &Job<'_>, number: u32, part: &Part) -> Result<()> {
     let device = &job.setup.device;
     let before = Numbers::on(device)?;
+    if let Some((refused, said)) = part.refused
+        && refused == number
+    {
+        let mut command = job.setup.reverbs()?;
+        command.args(["--quiet", "cycle", &program.pid().to_string()]);
+        let limit = job.deadline.at_most(CYCLE_LIMIT);
+        let why = process::fail(command, &job.folder, "refused", limit)?;
+        ensure!(why.contains(said), "no word of \"{said}\": {why}");
+        ensure!(
+            Numbers::on(device)? == before,
+            "the refused cycle has changed something"
+        );
+        return Ok(());
+    }
     // What of the hardware is kept open by somebody who ought not to is still listed.
     let open = hardware::contexts(device)?;
     let mut command = job.setup.reverbs()?;

@@ -39,5 +39,6 @@ pub mod stand_in;
 pub mod stock;
 pub mod stopped;
 pub mod strangers;
+pub mod suite;
 pub mod tree;
 pub mod wrapped;

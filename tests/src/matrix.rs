@@ -48,6 +48,8 @@ pub struct Row {
     unsignaled: u32,
     /// Longest chain.
     chain: u32,
+    /// `ibv_wr_*`, and completions that are read field by field.
+    extended: bool,
 }
 
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -101,6 +103,23 @@ const ROWS: &[Row] = &[
     row(Mix, QueuePairs,       false, Quick,    (3, 2, 4), true,  1, 8, 1),
 ];
 
+/// The second way to post and to poll, through the provider alone: rxe's own (rdma-core 44) adds up the first element's length for
+/// all of a list, and skips a completion when `ibv_next_poll` finds nothing and `ibv_end_poll` follows.
+#[rustfmt::skip]
+const EXTENDED: &[Row] = &[
+    extended(row(Rc,  CompletionQueues, true,  NotReady, (2, 2, 2), true,  1, 8, 6)),
+    extended(row(Mix, Nothing,          false, Slow,     (2, 2, 4), true,  1, 0, 6)),
+    extended(row(Mix, QueuePairs,       true,  Quick,    (3, 2, 4), false, 1, 8, 1)),
+    extended(row(Srq, Nothing,          true,  Slow,     (2, 2, 2), true,  4, 8, 6)),
+];
+
+const fn extended(row: Row) -> Row {
+    Row {
+        extended: true,
+        ..row
+    }
+}
+
 #[expect(clippy::too_many_arguments, reason = "a table is read by columns")]
 const fn row(
     transport: Transport,
@@ -125,18 +144,26 @@ const fn row(
         elements,
         unsignaled,
         chain,
+        extended: false,
     }
+}
+
+fn rows() -> impl Iterator<Item = &'static Row> {
+    ROWS.iter().chain(EXTENDED)
 }
 
 /// The cases of this module.
 pub fn cases() -> Vec<Case> {
-    let whole = ROWS.iter().map(|row| Case {
+    let whole = rows().map(|row| Case {
         name: row.to_string(),
-        needs: Needs::AnyMode,
+        needs: match row.extended {
+            true => Needs::Provider,
+            false => Needs::AnyMode,
+        },
         limit: LIMIT,
         action: Action::Matrix(row),
     });
-    let cycled = ROWS.iter().map(|row| Case {
+    let cycled = rows().map(|row| Case {
         name: format!("cycle-{row}"),
         needs: Needs::Provider,
         limit: CYCLED_LIMIT,
@@ -161,7 +188,7 @@ pub fn run(row: &Row, job: &Job<'_>) -> Result<String> {
 /// # Errors
 /// When a cycle fails or changes nothing, or the program finds anything wrong.
 pub fn run_cycled(row: &Row, job: &Job<'_>) -> Result<String> {
-    let cycles = job.setup.cycles.div_ceil(ROWS.len() as u32);
+    let cycles = job.setup.cycles.div_ceil(rows().count() as u32);
     let mut random = fastrand::Rng::with_seed(job.setup.seed);
     let most = 2 * job.setup.pace;
     row.run(job, 0, |running| {
@@ -242,6 +269,7 @@ impl Row {
             ("events", self.events),
             ("slow-receiver", self.receiver == Slow),
             ("rnr", self.receiver == NotReady),
+            ("extended", self.extended),
         ];
         options.extend(
             flags
@@ -303,9 +331,10 @@ impl fmt::Display for Row {
             QueuePairs => "qps",
         };
         let events = if self.events { "events" } else { "polled" };
+        let extended = if self.extended { "-extended" } else { "" };
         write!(
             formatter,
-            "matrix-{}-{sharing}-{events}",
+            "matrix-{}-{sharing}-{events}{extended}",
             self.transport.name()
         )
     }
@@ -363,12 +392,9 @@ mod tests {
 
     #[test]
     fn names_differ_and_threads_that_share_are_several() {
-        let names: HashSet<_> = ROWS.iter().map(Row::to_string).collect();
-        assert_eq!(names.len(), ROWS.len());
-        assert!(
-            ROWS.iter()
-                .all(|row| row.sharing == Nothing || row.threads > 1)
-        );
+        let names: HashSet<_> = rows().map(Row::to_string).collect();
+        assert_eq!(names.len(), rows().count());
+        assert!(rows().all(|row| row.sharing == Nothing || row.threads > 1));
         assert!(
             ROWS.iter()
                 .any(|row| row.sharing == Nothing && row.threads > 1)

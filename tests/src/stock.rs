@@ -33,9 +33,10 @@ pub struct Pair {
 enum Suite {
     /// `ibv_*_pingpong`; they check the bytes received with -c.
     PingPong,
-    /// `ib_*_{lat,bw}`. perftest 4.5 posts through `ibv_wr_*` unless told `--use_old_post_send`;
-    /// the classic interface is the one under test.
+    /// `ib_*_{lat,bw}` with `--use_old_post_send`: `ibv_post_send`.
     PerfTest,
+    /// The same as perftest 4.5 posts unless told otherwise: through `ibv_wr_*`.
+    PerfTestBuilders,
 }
 
 const fn pingpong(name: &'static str, program: &'static str, options: &'static str) -> Pair {
@@ -55,6 +56,13 @@ const fn perftest(name: &'static str, program: &'static str, options: &'static s
         program,
         options,
         iterations: 50,
+    }
+}
+
+const fn builders(name: &'static str, program: &'static str, options: &'static str) -> Pair {
+    Pair {
+        suite: Suite::PerfTestBuilders,
+        ..perftest(name, program, options)
     }
 }
 
@@ -93,6 +101,25 @@ const PAIRS: &[Pair] = &[
     perftest("send-bw-bidirectional", "ib_send_bw", "-b -s 1024"),
     perftest("write-bw-bidirectional", "ib_write_bw", "-b -q 4 -s 1024"),
     perftest("read-bw-bidirectional", "ib_read_bw", "-b -s 1024"),
+    builders("send-lat-rc-builders", "ib_send_lat", "-c RC -s 64"),
+    builders("send-lat-uc-builders", "ib_send_lat", "-c UC -s 64"),
+    builders("send-lat-ud-builders", "ib_send_lat", "-c UD -s 64"),
+    builders("send-bw-rc-builders", "ib_send_bw", "-c RC -s 4096"),
+    builders("write-lat-rc-builders", "ib_write_lat", "-c RC -s 64"),
+    builders("write-bw-many-qps-builders", "ib_write_bw", "-q 16 -s 1024"),
+    builders("read-lat-builders", "ib_read_lat", "-s 64"),
+    builders(
+        "atomic-lat-fetch-add-builders",
+        "ib_atomic_lat",
+        "-A FETCH_AND_ADD",
+    ),
+    builders(
+        "atomic-bw-compare-swap-builders",
+        "ib_atomic_bw",
+        "-A CMP_AND_SWAP",
+    ),
+    builders("send-lat-inline-builders", "ib_send_lat", "-I 64 -s 64"),
+    builders("send-lat-events-builders", "ib_send_lat", "-e -s 64"),
 ];
 
 /// The cases of this module.
@@ -135,7 +162,9 @@ pub fn run(pair: &Pair, job: &Job<'_>) -> Result<()> {
             check_pingpong(&client.output()?, pair).context("client")?;
             check_pingpong(&server.output()?, pair).context("server")
         }
-        Suite::PerfTest => check_perftest(&client.output()?, pair).context("client"),
+        Suite::PerfTest | Suite::PerfTestBuilders => {
+            check_perftest(&client.output()?, pair).context("client")
+        }
     }
 }
 
@@ -148,6 +177,7 @@ fn command(pair: &Pair, job: &Job<'_>) -> Command {
     match pair.suite {
         Suite::PingPong => command.args(["-c", "-g", &index]),
         Suite::PerfTest => command.args(["-F", "--use_old_post_send", "-x", &index]),
+        Suite::PerfTestBuilders => command.args(["-F", "-x", &index]),
     };
     command.args(pair.options.split_whitespace());
     command

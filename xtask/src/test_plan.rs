@@ -21,10 +21,11 @@ pub struct Run {
 
 /// All runs, in order.
 pub const RUNS: &[Run] = &[
-    // Stock clients, own programs, MPI.
+    // rdma-core's own tests, stock clients, own programs, MPI.
     Run {
         name: "provider",
         cases: &[
+            "=python-suite",
             "^pingpong",
             "^send",
             "^write",
