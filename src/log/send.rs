@@ -252,7 +252,7 @@ impl SendRing {
         slot
     }
 
-    /// Logs any request. `next` is left null.
+    /// Logs any request, but for what only requests to bind say. `next` is left null.
     ///
     /// # Safety
     /// `wr` must be a valid request as `ibv_post_send` demands. The ring must not be at its limit.
@@ -272,9 +272,6 @@ impl SendRing {
             }
             let slot = self.cursor;
             copy_request(wr, slot);
-            if (*wr).opcode == IBV_WR_BIND_MW {
-                (*slot).wr.__bindgen_anon_2.bind_mw = (*wr).__bindgen_anon_2.bind_mw;
-            }
             let from: &[ibv_sge] = match count {
                 // The list of a request without elements may be null.
                 0 => &[],

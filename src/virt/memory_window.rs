@@ -150,9 +150,12 @@ pub unsafe fn bind(pair: *mut ibv_qp, app: *mut ibv_mw, bind: &ibv_mw_bind) -> V
 /// The objects that it names must be ours.
 ///
 /// # Errors
-/// `EINVAL`: the region's memory was gone at the last restart.
+/// `EINVAL`: no window, or the region's memory was gone at the last restart.
 pub(crate) unsafe fn below(request: &BindRequest) -> Verb<BindRequest> {
     let mut below = *request;
+    if request.mw.is_null() {
+        return Err(Errno::INVALID);
+    }
     // SAFETY: as the caller vouches.
     unsafe {
         let window = &*request.mw.cast::<MemoryWindow>();

@@ -107,8 +107,8 @@ impl State {
         unsafe {
             let slot = self.ring.log(request)?;
             if (*slot).wr.opcode == IBV_WR_BIND_MW {
-                let bind = &mut (*slot).wr.__bindgen_anon_2.bind_mw;
-                *bind = memory_window::below(bind)?;
+                let bind = memory_window::below(&(*request).__bindgen_anon_2.bind_mw)?;
+                (*slot).wr.__bindgen_anon_2.bind_mw = bind;
             }
             if general & COUNTED != 0 {
                 self.ring.count_receives(slot);
@@ -222,11 +222,13 @@ impl State {
                     }
                     copy.sg_list = self.elements.as_mut_ptr();
                 }
-                if is_local(copy.opcode) {
-                    check_local(context, &copy)?;
-                } else if copy.opcode & !1 != IBV_WR_SEND {
-                    let key = remote_key(&mut copy);
-                    *key = self.remote(*key);
+                if copy.opcode & !1 != IBV_WR_SEND {
+                    if is_local(copy.opcode) {
+                        check_local(context, &copy)?;
+                    } else {
+                        let key = remote_key(&mut copy);
+                        *key = self.remote(*key);
+                    }
                 }
             }
             let mut refused = std::ptr::null_mut();
