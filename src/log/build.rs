@@ -6,7 +6,7 @@ use rdma_core_sys::{
     IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, ibv_sge,
 };
 
-use super::send::{SendRing, SendSlot, is_simple};
+use super::send::{LONGEST_MESSAGE, SendRing, SendSlot, is_simple};
 use crate::errno::{Errno, Verb};
 
 /// Atomics are on 8 bytes, at an address that is a multiple of 8 (IBTA 9.4.5).
@@ -116,6 +116,9 @@ impl SendRing {
                         .fold(0, |sum: u32, element| sum.saturating_add(element.length))
                 }
             };
+            if length > LONGEST_MESSAGE {
+                return Err(Errno::INVALID);
+            }
             let is_atomic =
                 [IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD].contains(&request.opcode);
             let multiple = u64::from(ATOMIC_BYTES);

@@ -63,6 +63,9 @@ pub fn is_local(opcode: ibv_wr_opcode) -> bool {
     [IBV_WR_LOCAL_INV, IBV_WR_BIND_MW].contains(&opcode)
 }
 
+/// Bytes of a message (IBTA 9.7.8). One that is held back is refused like one that the device sees at once.
+pub(super) const LONGEST_MESSAGE: u32 = 1 << 31;
+
 /// The ring. All methods need the queue's lock, but for `completed`, which pollers move.
 #[derive(Debug)]
 pub struct SendRing {
@@ -280,6 +283,9 @@ impl SendRing {
             let length = from
                 .iter()
                 .fold(0_u32, |sum, sge| sum.saturating_add(sge.length));
+            if length > LONGEST_MESSAGE {
+                return Err(Errno::INVALID);
+            }
             if (*wr).send_flags & IBV_SEND_INLINE != 0 {
                 if length > self.max_inline {
                     return Err(Errno::INVALID);

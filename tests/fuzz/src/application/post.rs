@@ -82,6 +82,7 @@ impl Application {
         let inline = send.flags & IBV_SEND_INLINE != 0;
         let is_send = [IBV_WR_SEND, IBV_WR_SEND_WITH_IMM].contains(&send.opcode);
         if inline && length > u64::from(INLINE)
+            || length > 1 << 31
             || pair == DATAGRAM && !is_send
             || self.restarted && !inline && self.has_unknown_key(elements)
         {
@@ -89,7 +90,6 @@ impl Application {
         }
         if inline && !takes_inline(send.opcode)
             || send.opcode >= IBV_WR_ATOMIC_CMP_AND_SWP && length < 8
-            || length > 1 << 31
         {
             reasons.by_device.push(libc::EINVAL);
         }
