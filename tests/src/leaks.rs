@@ -102,7 +102,12 @@ impl Leaks {
             };
         }
         command
-            .args(["--leak-check=full", "--num-callers=30"])
+            .args([
+                "--leak-check=full",
+                // Else a thread that polls without a pause hardly lets the agent run.
+                "--fair-sched=try",
+                "--num-callers=30",
+            ])
             .args([
                 "--show-leak-kinds=definite,indirect",
                 "--errors-for-leak-kinds=definite,indirect",
