@@ -146,6 +146,10 @@ pub(crate) fn settle(stopped: &Stopped, responders: &[ResponderState]) -> Phase<
         }
         match pair.settle(&stopped.flushed, responder) {
             Fate::Known { again } => tracing::debug!(qpn = pair.number().0, again, "settled"),
+            Fate::MayBeLost { count } => notes.push(format!(
+                "queue pair {:#x}, whose transport is not reliable: {count} messages were still in the device and may be lost",
+                pair.number().0
+            )),
             Fate::Unknown { why } => {
                 pair.give_up();
                 notes.push(format!(

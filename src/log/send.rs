@@ -408,8 +408,13 @@ impl SendRing {
         unsafe { (*after.wrapping_byte_sub(self.stride)).receives_after }
     }
 
-    unsafe fn packets_of(&self, slot: *const SendSlot) -> u32 {
-        // SAFETY: an entry of this ring; `sg_list` has `num_sge` elements.
+    /// Packets of an entry.
+    ///
+    /// # Safety
+    /// `slot` must be an entry of this ring.
+    #[must_use]
+    pub unsafe fn packets_of(&self, slot: *const SendSlot) -> u32 {
+        // SAFETY: as the caller vouches; `sg_list` has `num_sge` elements.
         let elements =
             unsafe { std::slice::from_raw_parts((*slot).wr.sg_list, (*slot).wr.num_sge as usize) };
         let length = elements

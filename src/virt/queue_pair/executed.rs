@@ -8,13 +8,14 @@ use crate::control::message::Progress;
 use crate::handle::Psn;
 use crate::log::{is_local, takes_receive};
 
-/// All of the outstanding lies within half of the PSN space (IBTA 9.7.2), so a distance tells the order.
-const HALF_OF_PSNS: u32 = 1 << 23;
+/// A device has no more packets on the way than this (IBTA 9.7.2), though more may be posted.
+const HALF_OF_PSNS: u64 = 1 << 23;
 
 /// A request of a reliable connection that has not completed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Outstanding {
     pub(super) opcode: ibv_wr_opcode,
+    pub(super) packets: u32,
     /// The PSN after its last packet.
     pub(super) psn_after: Psn,
     /// Receives of the peer used up by the time it is executed; `None` where they are not counted.
@@ -35,6 +36,11 @@ impl Outstanding {
 
     pub(super) fn is_read(&self) -> bool {
         self.opcode == IBV_WR_RDMA_READ
+    }
+
+    /// The PSN of its first packet.
+    fn psn_before(&self) -> Psn {
+        self.psn_after.advance(self.packets.wrapping_neg())
     }
 }
 
@@ -62,20 +68,22 @@ pub(super) fn executed(
     }
 }
 
+/// The distance is taken from what was acknowledged, not from what was posted last, which may be more than the PSN space ahead.
 fn by_psn(requests: &[Outstanding], acknowledged: usize, expected: Psn) -> Result<usize, String> {
-    let last = requests[requests.len() - 1].psn_after;
-    let behind = last.since(expected);
-    let reached = requests
-        .iter()
-        .take_while(|request| last.since(request.psn_after) >= behind)
-        .count();
-    // Of what takes no packet and lies behind the last one nobody knows whether the device came to it. It may be done again.
-    let last_sent = requests[..reached]
-        .iter()
-        .rposition(|request| !request.is_local())
-        .map_or(0, |index| index + 1);
-    let executed = last_sent.max(acknowledged.min(reached));
-    if behind > HALF_OF_PSNS || executed < acknowledged {
+    let from = match requests.get(acknowledged) {
+        Some(next) => next.psn_before(),
+        None => requests[acknowledged - 1].psn_after,
+    };
+    let arrived = u64::from(expected.since(from));
+    let (mut packets, mut executed) = (0, acknowledged);
+    for (index, request) in requests.iter().enumerate().skip(acknowledged) {
+        packets += u64::from(request.packets);
+        // Of what takes no packet and lies behind the last one nobody knows whether the device came to it. It may be done again.
+        if packets <= arrived && !request.is_local() {
+            executed = index + 1;
+        }
+    }
+    if arrived > HALF_OF_PSNS.min(packets) {
         return Err(format!(
             "the peer expects PSN {:#x}, which does not fit the {} requests outstanding",
             expected.0,
@@ -149,6 +157,7 @@ mod tests {
             messages = messages.wrapping_add([SEND, WRITE_WITH_IMM].contains(opcode).into());
             Outstanding {
                 opcode: *opcode,
+                packets: 1,
                 psn_after: psn,
                 receives_after: Some(messages),
             }
@@ -179,10 +188,34 @@ mod tests {
     }
 
     #[test]
+    fn more_may_be_posted_than_the_psn_space_holds() {
+        let mut requests = outstanding(&[WRITE; 20]);
+        let from = Psn(0x00ff_fffe);
+        for (index, request) in (1..).zip(&mut requests) {
+            // 2 GiB each, at an MTU of 1,024.
+            (request.packets, request.psn_after) = (1 << 21, from.advance(index << 21));
+        }
+        let executed = |acknowledged, packets| {
+            let expected = Progress::Expects(from.advance(packets));
+            executed(&requests, acknowledged, Some(expected)).ok()
+        };
+        assert_eq!(executed(0, 0), Some(0));
+        assert_eq!(executed(0, (1 << 21) - 1), Some(0));
+        assert_eq!(executed(0, 3 << 21), Some(3));
+        assert_eq!(executed(9, 10 << 21), Some(10));
+        assert_eq!(executed(20, 20 << 21), Some(20));
+        // Less than was acknowledged, more than may be on the way, and more than was sent.
+        assert_eq!(executed(9, 8 << 21), None);
+        assert_eq!(executed(9, 14 << 21), None);
+        assert_eq!(executed(19, 21 << 21), None);
+    }
+
+    #[test]
     fn what_the_device_does_by_itself_is_done_again_unless_something_behind_it_was_executed() {
         let mut requests = outstanding(&[SEND, INVALIDATE, SEND, INVALIDATE]);
         for index in [1, 3] {
             requests[index].psn_after = requests[index - 1].psn_after;
+            requests[index].packets = 0;
         }
         requests[2].psn_after = Psn(0);
         requests[3].psn_after = Psn(0);

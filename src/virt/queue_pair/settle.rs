@@ -22,6 +22,8 @@ use crate::log::SendSlot;
 pub(crate) enum Fate {
     /// Every request is known to be executed (and completed) or not (and goes down again).
     Known { again: u64 },
+    /// So many were in the device and may or may not have left. Their transport may lose a message, but must not double it.
+    MayBeLost { count: u64 },
     /// It cannot be told: the queue pair comes back in the error state.
     Unknown { why: String },
 }
@@ -58,7 +60,8 @@ impl QueuePair {
                 .iter()
                 .position(|slot| flushed.contains(&slot.head.wr_id()))
                 .unwrap_or(slots.len());
-            let fate = if self.is_reliable() {
+            let reliable = self.is_reliable();
+            let fate = if reliable {
                 let requests: Vec<_> = slots
                     .iter()
                     .map(|slot| state.describe(slot, counted))
@@ -66,8 +69,7 @@ impl QueuePair {
                 executed(&requests, first_flushed, responder)
                     .and_then(|executed| first_to_repeat(&requests, first_flushed, executed))
             } else {
-                // Unreliable transports are done with a request when it has left; what was flushed has not.
-                Ok(first_flushed)
+                Ok(slots.len())
             };
             let again_from = match fate {
                 Ok(again_from) => again_from,
@@ -89,8 +91,13 @@ impl QueuePair {
             if let Some(first) = slots.get(again_from) {
                 state.hold_from(ptr::from_ref(*first).cast_mut());
             }
-            Fate::Known {
-                again: (slots.len() - again_from) as u64,
+            match slots.len() - first_flushed {
+                count @ 1.. if !reliable => Fate::MayBeLost {
+                    count: count as u64,
+                },
+                _ => Fate::Known {
+                    again: (slots.len() - again_from) as u64,
+                },
             }
         })
     }
@@ -121,6 +128,8 @@ impl State {
     fn describe(&self, slot: &SendSlot, counted: bool) -> Outstanding {
         Outstanding {
             opcode: slot.wr.opcode,
+            // SAFETY: an entry of the ring.
+            packets: unsafe { self.ring.packets_of(slot) },
             psn_after: Psn(0).advance(slot.psn_after),
             receives_after: counted.then(|| slot.receives_after.wrapping_sub(self.counted_from)),
         }

@@ -391,7 +391,7 @@ impl Application {
             arrivals: true,
         });
         at(self);
-        self.excuse_lost_answers();
+        self.excuse_losses();
         agent.ask(Request::Stop { limit_ms: 1000 });
         at(self);
         let Reply::Responders { responders } = agent.ask(Request::Responders) else {
@@ -418,12 +418,15 @@ impl Application {
         at(self);
     }
 
-    /// Answers that are on the way when a queue pair is stopped are lost.
-    fn excuse_lost_answers(&mut self) {
-        let lost = device().unanswered();
+    /// Answers that are on the way when a queue pair is stopped are lost, and datagrams that are may be.
+    fn excuse_losses(&mut self) {
+        let answers = device().unanswered();
+        let unreliable = device().unreliable();
         for sends in &mut self.sends {
-            let mut outstanding = sends.outstanding.iter();
-            sends.excused |= outstanding.any(|sent| lost.contains(&sent.token));
+            for sent in &mut sends.outstanding {
+                sends.excused |= answers.contains(&sent.token);
+                sent.may_be_lost |= unreliable.contains(&sent.token);
+            }
         }
     }
 

@@ -20,6 +20,8 @@ use crate::requests::{brings_back, completion, elements, gather, is_offered, tak
 const POOL: u32 = 48;
 /// PSNs have 24 bits.
 const PSNS: u32 = 1 << 24;
+/// No more packets are on the way than this (IBTA 9.7.2).
+const WINDOW: u32 = PSNS / 2;
 
 /// A request in a send queue.
 #[derive(Clone, Debug)]
@@ -375,7 +377,11 @@ impl Device {
         let Some((index, request)) = next.map(|index| (index, pair.sends[index].clone())) else {
             return false;
         };
+        let on_the_way: u32 = pair.sends.iter().take(index).map(|sent| sent.packets).sum();
         let kind = pair.kind;
+        if kind == IBV_QPT_RC && on_the_way + request.packets > WINDOW {
+            return false;
+        }
         if request.forbidden {
             // After those before it: they have been executed, and are acknowledged.
             while self.acknowledge(number) {}
@@ -477,6 +483,17 @@ impl Device {
             .values()
             .flat_map(|pair| &pair.sends)
             .filter(|request| request.executed && brings_back(request.opcode))
+            .map(|request| request.token)
+            .collect()
+    }
+
+    /// Requests of unreliable queue pairs that have not completed, by their tokens.
+    #[must_use]
+    pub fn unreliable(&self) -> BTreeSet<u32> {
+        self.pairs
+            .values()
+            .filter(|pair| pair.kind != IBV_QPT_RC)
+            .flat_map(|pair| &pair.sends)
             .map(|request| request.token)
             .collect()
     }

@@ -173,6 +173,7 @@ impl Application {
                 signaled: send.flags & IBV_SEND_SIGNALED != 0,
                 doomed: !reasons.by_device.is_empty()
                     || !inline && self.has_unknown_key(&elements[..count]),
+                may_be_lost: false,
                 inline: inline.then(|| vec![pattern; total(&elements[..count]) as usize]),
             };
             self.sends[pair].accept(sent);

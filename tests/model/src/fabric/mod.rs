@@ -162,7 +162,7 @@ pub struct Fabric {
     pub(crate) has_told: bool,
     /// How often each payload (by its first eight bytes) was executed from its first packet to its last.
     pub executions: BTreeMap<u64, u32>,
-    /// The same of unreliable messages that were lost on the way, or found nobody who takes them.
+    /// The same of unreliable messages that were lost on the way, or found nobody who takes them, or were flushed before they had left.
     pub losses: BTreeMap<u64, u32>,
     /// What must never happen on a healthy connection.
     pub violations: Vec<String>,
@@ -384,7 +384,11 @@ impl Fabric {
         let pair = self.pair(number);
         let (send_to, receive_to) = (pair.send_completions, pair.receive_completions);
         let sends: Vec<_> = pair.sends.iter().map(|request| request.wr_id).collect();
-        pair.strays.extend(pair.sends.drain(..));
+        let mut left_behind = Vec::new();
+        match pair.is_reliable() {
+            true => pair.strays.extend(pair.sends.drain(..)),
+            false => left_behind.extend(pair.sends.drain(..)),
+        }
         let receives = pair.filling.take().into_iter();
         let receives: Vec<_> = receives.chain(pair.receives.drain(..)).collect();
         for (queue, wr_id) in sends
@@ -397,6 +401,9 @@ impl Fabric {
                 queue,
                 completion(wr_id, IBV_WC_WR_FLUSH_ERR, u32::MAX, number),
             );
+        }
+        for request in left_behind.iter().filter(|request| !request.is_executed()) {
+            self.lose(request);
         }
     }
 

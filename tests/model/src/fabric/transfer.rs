@@ -60,7 +60,7 @@ impl Fabric {
         executed
     }
 
-    /// Of a transport that does not acknowledge. A message is done when its last packet has left.
+    /// Of a transport that does not acknowledge. A message is done when its last packet has left, and completes a moment later.
     fn deliver_or_lose(&mut self, number: u32, pair: &mut Pair, loses: bool) -> bool {
         if pair.state != IBV_QPS_RTS {
             return false;
@@ -69,6 +69,10 @@ impl Fabric {
         let Some(mut request) = pair.sends.pop_front() else {
             return false;
         };
+        if request.is_executed() {
+            self.complete_send(pair.send_completions, number, &request);
+            return true;
+        }
         let peer_number = match datagram {
             true => request.target.number,
             false => pair.peer,
@@ -96,15 +100,15 @@ impl Fabric {
             // Neither executed nor lost: a message that the wire has not touched went astray.
             request.done = request.packets;
         }
-        if !request.is_executed() {
-            pair.sends.push_front(request);
-            return true;
+        if request.is_executed() && request.damaged && !strange {
+            self.lose(&request);
         }
-        if request.damaged && !strange {
-            *self.losses.entry(name(&request.bytes())).or_default() += 1;
-        }
-        self.complete_send(pair.send_completions, number, &request);
+        pair.sends.push_front(request);
         true
+    }
+
+    pub(super) fn lose(&mut self, request: &Request) {
+        *self.losses.entry(name(&request.bytes())).or_default() += 1;
     }
 
     /// One packet, by a responder that expects it. `false` if it has no receive for it.
