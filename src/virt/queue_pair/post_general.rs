@@ -203,13 +203,7 @@ impl State {
             let mut copy = (*slot).wr;
             copy.next = std::ptr::null_mut();
             if general & DATAGRAM != 0 {
-                names_address_handle(&copy)?;
-                let handle = AddressHandle::of(copy.wr.ud.ah);
-                copy.wr.ud.ah = handle.hardware();
-                copy.wr.ud.remote_qpn = handle.remote_qpn(copy.wr.ud.remote_qpn);
-                if copy.wr.ud.ah.is_null() {
-                    return Err(Errno::INVALID);
-                }
+                address(&mut copy)?;
             }
             if general & TRANSLATE != 0 {
                 if copy.send_flags & IBV_SEND_INLINE == 0 {
@@ -239,13 +233,13 @@ impl State {
     /// Gives the hardware an empty request in place of an entry that it cannot be given. The queue pair is in the error state, so
     /// that it comes back flushed, after those before it.
     pub(super) unsafe fn post_empty(&mut self, general: u32, slot: *mut SendSlot) -> Verb<()> {
-        // Where it goes must be valid even so.
-        if general & DATAGRAM != 0 {
-            return Err(Errno::INVALID);
-        }
         // SAFETY: an entry of the ring, under the lock.
         unsafe {
             let mut empty = (*slot).wr;
+            // Where it goes must be valid even so.
+            if general & DATAGRAM != 0 {
+                address(&mut empty)?;
+            }
             empty.next = std::ptr::null_mut();
             empty.num_sge = 0;
             empty.opcode = IBV_WR_SEND;
@@ -272,6 +266,24 @@ impl State {
 unsafe fn nth(first: *mut ibv_send_wr, index: usize) -> *mut ibv_send_wr {
     // SAFETY: the chain is longer than that.
     (0..index).fold(first, |request, _| unsafe { (*request).next })
+}
+
+/// Puts where a datagram goes into the hardware's terms.
+///
+/// # Safety
+/// It must be a request as `ibv_post_send` demands.
+unsafe fn address(datagram: &mut ibv_send_wr) -> Verb<()> {
+    names_address_handle(datagram)?;
+    // SAFETY: a SEND on a datagram queue pair names an address handle of ours.
+    unsafe {
+        let handle = AddressHandle::of(datagram.wr.ud.ah);
+        datagram.wr.ud.ah = handle.hardware();
+        datagram.wr.ud.remote_qpn = handle.remote_qpn(datagram.wr.ud.remote_qpn);
+        match datagram.wr.ud.ah.is_null() {
+            true => Err(Errno::INVALID),
+            false => Ok(()),
+        }
+    }
 }
 
 /// After a restart a key to invalidate that is no window's may be another region's below; and the hardware that a window was to

@@ -20,6 +20,8 @@ use crate::requests::{brings_back, completion, elements, gather, is_offered, tak
 const POOL: u32 = 48;
 /// PSNs have 24 bits.
 const PSNS: u32 = 1 << 24;
+/// Bytes that a packet has room for. A device may refuse more at once.
+pub(crate) const LONGEST_DATAGRAM: u64 = 1024;
 /// No more packets are on the way than this (IBTA 9.7.2).
 const WINDOW: u32 = PSNS / 2;
 
@@ -229,6 +231,7 @@ impl Device {
         if inline && (!takes_inline(wr.opcode) || length > most)
             || wr.opcode >= IBV_WR_ATOMIC_CMP_AND_SWP && length < 8
             || length > 1 << 31
+            || pair.kind == IBV_QPT_UD && length > LONGEST_DATAGRAM
         {
             return Err(libc::EINVAL);
         }

@@ -7,7 +7,7 @@ use rdma_core_sys::{
 use reverbs::virt::{queue_pair, shared_receive_queue};
 
 use super::{Application, DATAGRAM, DEPTH, ELEMENTS, INLINE, WITH_SHARED};
-use crate::device::device;
+use crate::device::{LONGEST_DATAGRAM, device};
 use crate::input::{Element, Key, Length, MOST_ELEMENTS, Receive, Send};
 use crate::outcome::Sent;
 use crate::requests::takes_inline;
@@ -90,6 +90,7 @@ impl Application {
         }
         if inline && !takes_inline(send.opcode)
             || send.opcode >= IBV_WR_ATOMIC_CMP_AND_SWP && length < 8
+            || pair == DATAGRAM && length > LONGEST_DATAGRAM
         {
             reasons.by_device.push(libc::EINVAL);
         }
