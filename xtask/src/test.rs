@@ -4,7 +4,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -14,28 +15,36 @@ use crate::vm::{self, Machine, Output};
 use crate::{command, demo, fuzz, nodes, paths, setup};
 
 /// Passed and failed tests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Count {
     /// Tests that passed.
     pub passed: u64,
     /// Tests that failed, and runs that broke off.
     pub failed: u64,
+    /// Names of those that failed.
+    pub names: Vec<String>,
 }
 
 impl Count {
-    const ONE_PASSED: Count = Count {
-        passed: 1,
-        failed: 0,
-    };
+    fn one_passed() -> Count {
+        Count {
+            passed: 1,
+            ..Count::default()
+        }
+    }
 
-    const ONE_FAILED: Count = Count {
-        passed: 0,
-        failed: 1,
-    };
+    fn one_failed(name: &str) -> Count {
+        Count {
+            failed: 1,
+            names: vec![name.to_owned()],
+            ..Count::default()
+        }
+    }
 
     fn add(&mut self, other: Count) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.names.extend(other.names);
     }
 }
 
@@ -49,7 +58,7 @@ const FUZZ_LONG: u64 = 600;
 const NODES_LONG: u32 = 10;
 
 /// Runs everything (`long`: also what takes long) whose name contains `filter`. The sum is the
-/// last line on stdout.
+/// last line on stdout; what failed is named before it.
 ///
 /// # Errors
 /// When packages are missing, the provider cannot be built, no test ran, or stdout is closed. Failed tests
@@ -77,23 +86,32 @@ pub fn run(long: bool, filter: Option<&str>) -> Result<Count> {
     if filter.is_none() {
         if long {
             heading("the demonstration: saved on one machine, finished on another");
-            count.add(one(demo::run()));
+            count.add(one("demo", demo::run()));
         }
         heading("a job over two machines: saved there, finished on two others");
-        count.add(one(nodes::run(if long { NODES_LONG } else { 1 })));
+        count.add(one("nodes", nodes::run(if long { NODES_LONG } else { 1 })));
     }
-    let Count { passed, failed } = count;
-    writeln!(std::io::stdout(), "{passed} passed, {failed} failed")?;
+    let mut stdout = std::io::stdout();
+    for name in &count.names {
+        writeln!(stdout, "failed: {name}")?;
+    }
+    writeln!(
+        stdout,
+        "{} passed, {} failed in {} min",
+        count.passed,
+        count.failed,
+        started().elapsed().as_secs().div_ceil(60)
+    )?;
     Ok(count)
 }
 
 /// What has no cases of its own is one test.
-fn one(done: Result<()>) -> Count {
+fn one(name: &str, done: Result<()>) -> Count {
     match done {
-        Ok(()) => Count::ONE_PASSED,
+        Ok(()) => Count::one_passed(),
         Err(error) => {
             eprintln!("xtask: {error:#}");
-            Count::ONE_FAILED
+            Count::one_failed(name)
         }
     }
 }
@@ -114,12 +132,13 @@ fn fuzz_targets(seconds: u64, filter: Option<&str>) -> Result<Count> {
         std::thread::scope(|scope| {
             let running: Vec<_> = some
                 .iter()
-                .map(|target| scope.spawn(|| fuzz::run(target, seconds)))
+                .map(|target| (target, scope.spawn(|| fuzz::run(target, seconds))))
                 .collect();
-            for run in running {
+            for (target, run) in running {
+                let name = format!("fuzz-{target}");
                 count.add(match run.join() {
-                    Ok(done) => one(done),
-                    Err(_) => Count::ONE_FAILED,
+                    Ok(done) => one(&name, done),
+                    Err(_) => Count::one_failed(&name),
                 });
             }
         });
@@ -141,6 +160,7 @@ fn cargo_tests(options: &[&str], filter: Option<&str>) -> Result<Count> {
     for line in BufReader::new(stream).lines() {
         let line = line?;
         writeln!(std::io::stdout(), "{line}")?;
+        count.names.extend(failed_name(&line));
         if let Some(result) = line.strip_prefix("test result: ") {
             count.add(parse_count(result).context("cargo test speaks another language now")?);
         }
@@ -148,7 +168,7 @@ fn cargo_tests(options: &[&str], filter: Option<&str>) -> Result<Count> {
     let status = child.wait()?;
     if !status.success() && count.failed == 0 {
         // It did not compile, or a test program died.
-        count.add(Count::ONE_FAILED);
+        count.add(Count::one_failed("cargo test"));
     }
     Ok(count)
 }
@@ -232,6 +252,7 @@ impl Guest {
             .rev()
             .find_map(parse_count)
             .unwrap_or_default();
+        count.names.extend(stdout.lines().filter_map(failed_name));
         if !outcome.success() && count.failed == 0 {
             eprintln!(
                 "xtask: the run {} did not end well: {:?}; its files are in {}",
@@ -239,7 +260,7 @@ impl Guest {
                 outcome.end,
                 share.join(run.name).display()
             );
-            count.add(Count::ONE_FAILED);
+            count.add(Count::one_failed(run.name));
         }
         Ok(count)
     }
@@ -278,10 +299,13 @@ impl Guest {
         for line in BufReader::new(stream).lines() {
             let line = line?;
             writeln!(std::io::stdout(), "{line}")?;
-            count = parse_count(&line).unwrap_or(count);
+            count.names.extend(failed_name(&line));
+            if let Some(Count { passed, failed, .. }) = parse_count(&line) {
+                (count.passed, count.failed) = (passed, failed);
+            }
         }
         if !child.wait()?.success() && count.failed == 0 {
-            count.add(Count::ONE_FAILED);
+            count.add(Count::one_failed("node-tests"));
         }
         Ok(count)
     }
@@ -301,11 +325,29 @@ fn parse_count(line: &str) -> Option<Count> {
     Some(Count {
         passed: passed?,
         failed: failed?,
+        names: Vec::new(),
     })
 }
 
+/// The name in a line that says that a test failed: of cargo's (`test NAME ... FAILED`) or of our runners (`NAME FAILED ...`).
+fn failed_name(line: &str) -> Option<String> {
+    let mut words = line.split_whitespace();
+    let name = match line.strip_prefix("test ") {
+        Some(of_cargo) => of_cargo.strip_suffix(" ... FAILED")?,
+        None => words.next().filter(|_| words.next() == Some("FAILED"))?,
+    };
+    Some(name.to_owned())
+}
+
+/// When the first heading was shown.
+fn started() -> Instant {
+    static STARTED: OnceLock<Instant> = OnceLock::new();
+    *STARTED.get_or_init(Instant::now)
+}
+
 fn heading(text: &str) {
-    eprintln!("xtask: {text}");
+    let seconds = started().elapsed().as_secs();
+    eprintln!("xtask: {:02}:{:02} {text}", seconds / 60, seconds % 60);
 }
 
 fn text(path: &Path) -> Result<&str> {
@@ -321,11 +363,28 @@ mod tests {
         let expected = Some(Count {
             passed: 12,
             failed: 3,
+            names: Vec::new(),
         });
         assert_eq!(parse_count("12 passed, 3 failed"), expected);
         let cargo = "FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out";
         assert_eq!(parse_count(cargo), expected);
         assert_eq!(parse_count("passed it all"), None);
         assert_eq!(parse_count("12 passed"), None);
+    }
+
+    #[test]
+    fn names_of_what_failed_are_read() {
+        let name = |line| failed_name(line).unwrap_or_default();
+        assert_eq!(
+            name("test image::it_is_whole ... FAILED"),
+            "image::it_is_whole"
+        );
+        assert_eq!(
+            name("leak-valgrind                FAILED  110.0 s  why"),
+            "leak-valgrind"
+        );
+        assert_eq!(name("test image::it_is_whole ... ok"), "");
+        assert_eq!(name("test result: FAILED. 12 passed; 3 failed"), "");
+        assert_eq!(name("leak-valgrind                ok      110.0 s"), "");
     }
 }
