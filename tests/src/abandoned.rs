@@ -26,12 +26,12 @@ pub struct Abandoned {
 const ABANDONED: &[Abandoned] = &[
     Abandoned {
         name: "killed-inside",
-        kind: Kind::Traffic,
+        kind: Kind::TRAFFIC,
         deaths: &[Death::SomeAsked],
     },
     Abandoned {
         name: "killed-inside-more",
-        kind: Kind::Traffic,
+        kind: Kind::TRAFFIC,
         deaths: &[Death::Unheard, Death::HalfSaid],
     },
     Abandoned {

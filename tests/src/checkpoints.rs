@@ -43,7 +43,26 @@ enum How {
 const SAVED: &[Saved] = &[
     Saved {
         name: "restart-rc",
-        kind: Kind::Traffic,
+        kind: Kind::TRAFFIC,
+        how: How::Stopped,
+    },
+    // UC and UD beside RC, and shared receive queues; datagrams get other senders' addresses.
+    Saved {
+        name: "restart-ud-srq-other-device",
+        kind: Kind::Own {
+            program: "ud_srq",
+            options: "--seed 22",
+        },
+        how: How::OtherDevice,
+    },
+    // All operations on all transports, by the second way to post and to poll.
+    Saved {
+        name: "restart-matrix-mix-extended",
+        kind: Kind::Own {
+            program: "matrix",
+            options: "--seed 23 --messages 0 --transport mix --share cqs --processes 2 --threads 2 --qps 4 --sges 4 \
+                      --unsignaled 6 --chain 4 --inline --events --extended",
+        },
         how: How::Stopped,
     },
     Saved {
@@ -146,10 +165,10 @@ pub fn run(saved: &Saved, job: &Job<'_>) -> Result<String> {
 /// cannot get the same ones again: Soft-RoCE counts from the same number on each device.
 fn use_up_numbers(job: &Job<'_>, taken: &BTreeSet<u64>) -> Result<()> {
     let highest = taken.last().copied().unwrap_or_default();
-    for _ in 0..16 {
+    for _ in 0..64 {
         let mut command = Command::new(job.setup.own_program("rc_traffic")?);
         command.env_remove("RDMAV_DRIVERS");
-        command.args(["--device", OTHER_DEVICE, "--qps", "16"]);
+        command.args(["--device", OTHER_DEVICE, "--qps", "32"]);
         command.args(["--gid-index", &job.setup.gid_index.to_string()]);
         let mut user = Running::start(command, &job.folder, "user")?;
         user.wait_for_line(job.deadline.at_most(COMMAND_LIMIT), "ready")?;

@@ -4,12 +4,14 @@
 //! nothing happens meanwhile, and the very same answers are expected.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::case::{Action, Case, Job, Needs};
 use crate::hardware::{self, Numbers};
+use crate::jobs::COMMAND_LIMIT;
 use crate::process::{self, Running};
 use crate::setup::{Mode, Setup};
 use crate::{evidence, facts, own_programs};
@@ -19,6 +21,9 @@ const LIMIT: Duration = Duration::from_secs(300);
 
 /// The time limit of a single cycle.
 const CYCLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Between two looks at what is ending.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// How long a cycle of the bare device takes, so that threads that go on meanwhile do something.
 const NO_CYCLE: Duration = Duration::from_millis(300);
@@ -33,6 +38,8 @@ pub struct Part {
     variable: Option<&'static str>,
     /// Cycles in whose place a checkpoint is made, after which the program runs on.
     checkpoints: &'static [u32],
+    /// In the place of each cycle the program is saved and ended, and brought back from the image.
+    restarts: bool,
     /// A cycle that must be refused, and what is said then.
     refused: Option<(u32, &'static str)>,
 }
@@ -47,6 +54,22 @@ const PARTS: &[Part] = &[
     Part {
         refused: Some((1, "memory window with rkey 0x")),
         ..Part::new("corner-windows", "windows")
+    },
+    Part {
+        restarts: true,
+        ..Part::new("restart-states", "states")
+    },
+    Part {
+        restarts: true,
+        ..Part::new("restart-posts", "posts")
+    },
+    Part {
+        restarts: true,
+        ..Part::new("restart-events", "events")
+    },
+    Part {
+        restarts: true,
+        ..Part::new("restart-objects", "objects")
     },
     // The second has a child that lives on, the fifth one that has opened a device for itself.
     Part {
@@ -71,6 +94,7 @@ impl Part {
             options: &[],
             variable: None,
             checkpoints: &[],
+            restarts: false,
             refused: None,
         }
     }
@@ -139,30 +163,40 @@ fn collect(part: &Part, job: &Job<'_>) -> Result<(String, u32)> {
     let mut program = Running::start(command, &job.folder, "corners")?;
     program.wait_for_line(job.deadline, "ready")?;
     evidence::check_mode(program.pid(), &job.setup.mode)?;
+    let root = program.pid();
+    let output_file = program.output_file().to_owned();
     let mut cycles = 0;
-    while wait_for_question(&mut program, job, cycles + 1)? {
+    while wait_for_question(&mut program, &output_file, job, cycles + 1)? {
         cycles += 1;
         match job.setup.mode {
             Mode::Bare => std::thread::sleep(NO_CYCLE),
-            Mode::Provider { .. } => replace_hardware(&program, job, cycles, part)?,
+            Mode::Provider { .. } if part.restarts => {
+                program = restart(root, program, job, cycles)
+                    .with_context(|| format!("restart {cycles}"))?;
+            }
+            Mode::Provider { .. } => replace_hardware(root, job, cycles, part)?,
         }
         let answer = answers.join(cycles.to_string());
         fs::write(&answer, "").with_context(|| answer.display().to_string())?;
     }
     let status = program.wait(job.deadline)?;
-    let output = program.output()?;
+    let output = fs::read_to_string(&output_file)?;
     facts::check(&output, status, &program.errors()?)?;
     ensure!(cycles > 0, "the program asked for no cycle");
     Ok((output, cycles))
 }
 
-/// Whether the program asks for that cycle, or is at its end.
-fn wait_for_question(program: &mut Running, job: &Job<'_>, number: u32) -> Result<bool> {
+/// Whether the program, or the restart that it runs below, asks for that cycle, or is at its end.
+fn wait_for_question(
+    program: &mut Running,
+    output: &Path,
+    job: &Job<'_>,
+    number: u32,
+) -> Result<bool> {
     let question = format!("cycle? {number}");
-    let output = program.output_file().to_owned();
     loop {
         let ended = program.ended()?.is_some();
-        let written = fs::read_to_string(&output)?;
+        let written = fs::read_to_string(output)?;
         if written.lines().any(|line| line == question) {
             return Ok(true);
         }
@@ -178,15 +212,49 @@ fn wait_for_question(program: &mut Running, job: &Job<'_>, number: u32) -> Resul
     }
 }
 
+/// Saves and ends what `running` runs, and brings it back; gives the restart that waits for it. Every number of the hardware must
+/// be another one afterwards.
+fn restart(root: u32, mut running: Running, job: &Job<'_>, number: u32) -> Result<Running> {
+    let device = &job.setup.device;
+    let before = Numbers::on(device)?;
+    let mut command = job.setup.reverbs()?;
+    command.args(["checkpoint", "--stop", &root.to_string()]);
+    command.arg("--images").arg(job.folder.join("images"));
+    let mut checkpoint = Running::start(command, &job.folder, &format!("checkpoint-{number}"))?;
+    let deadline = job.deadline.at_most(COMMAND_LIMIT);
+    while checkpoint.ended()?.is_none() && !deadline.passed() {
+        // Its id is free only when its parent has taken note of its end.
+        running.ended()?;
+        std::thread::sleep(PAUSE);
+    }
+    checkpoint
+        .wait_for_success(deadline)
+        .context(checkpoint.errors()?)?;
+    running.wait(deadline)?;
+    let none = Numbers::on(device)?;
+    ensure!(
+        none.queue_pairs.is_empty(),
+        "the program has ended, and the hardware has {none:?}"
+    );
+    let mut command = job.setup.reverbs()?;
+    command
+        .args(["restart", "--wait"])
+        .arg(checkpoint.output()?.trim_end());
+    let mut restart = Running::start(command, &job.folder, &format!("restart-{number}"))?;
+    restart.wait_for_line(deadline, &root.to_string())?;
+    Numbers::on(device)?.check_all_new(&before)?;
+    Ok(restart)
+}
+
 /// `reverbs cycle`, or a checkpoint; every number of the hardware must be another one afterwards.
-fn replace_hardware(program: &Running, job: &Job<'_>, number: u32, part: &Part) -> Result<()> {
+fn replace_hardware(root: u32, job: &Job<'_>, number: u32, part: &Part) -> Result<()> {
     let device = &job.setup.device;
     let before = Numbers::on(device)?;
     if let Some((refused, said)) = part.refused
         && refused == number
     {
         let mut command = job.setup.reverbs()?;
-        command.args(["--quiet", "cycle", &program.pid().to_string()]);
+        command.args(["--quiet", "cycle", &root.to_string()]);
         let limit = job.deadline.at_most(CYCLE_LIMIT);
         let why = process::fail(command, &job.folder, "refused", limit)?;
         ensure!(why.contains(said), "no word of \"{said}\": {why}");
@@ -203,7 +271,7 @@ fn replace_hardware(program: &Running, job: &Job<'_>, number: u32, part: &Part) 
         true => "checkpoint",
         false => "cycle",
     };
-    command.arg(verb).arg(program.pid().to_string());
+    command.arg(verb).arg(root.to_string());
     if verb == "checkpoint" {
         command.arg("--images").arg(job.folder.join("images"));
     }

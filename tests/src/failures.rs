@@ -99,7 +99,7 @@ pub fn cases() -> Vec<Case> {
 pub fn run(failing: &Failing, job: &Job<'_>) -> Result<String> {
     let kind = match failing.why {
         Why::Holds { what, .. } => Kind::Beside { what },
-        _ => Kind::Traffic,
+        _ => Kind::TRAFFIC,
     };
     let mut started = Started::start(job, kind)?;
     started.wait_for_traffic()?;

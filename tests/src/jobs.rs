@@ -29,9 +29,12 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The program of a job.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
-    /// `rc_traffic`; SIGTERM makes it finish.
-    Traffic,
-    /// The same below `holds`, which has something besides.
+    /// A program of its own that tells its account; SIGTERM makes it finish.
+    Own {
+        program: &'static str,
+        options: &'static str,
+    },
+    /// `rc_traffic` below `holds`, which has something besides.
     Beside { what: &'static str },
     /// `survivor` with children that may be killed; SIGTERM makes it finish.
     Survivor { peers: u32 },
@@ -44,21 +47,26 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// `rc_traffic`, as most jobs are.
+    pub const TRAFFIC: Self = Self::Own {
+        program: "rc_traffic",
+        options: "--seed 21",
+    };
+
     fn command(self, job: &Job<'_>) -> Result<Command> {
-        let traffic = || {
-            let mut command = own_programs::command(job.setup, "rc_traffic")?;
-            command.args(["--seed", "21"]);
-            Ok(command)
-        };
         let mpi = |ranks| {
             let mut command = mpi::mpirun(job.setup, ranks, "mpi_check")?;
             command.arg("--until").arg(until(&job.folder));
             Ok(command)
         };
         match self {
-            Self::Traffic => traffic(),
+            Self::Own { program, options } => {
+                let mut command = own_programs::command(job.setup, program)?;
+                command.args(options.split_whitespace());
+                Ok(command)
+            }
             Self::Beside { what } => {
-                let traffic = traffic()?;
+                let traffic = Self::TRAFFIC.command(job)?;
                 let mut command = job.setup.command(job.setup.own_program("holds")?);
                 command.arg(what).arg(traffic.get_program());
                 command.args(traffic.get_args());
@@ -164,10 +172,10 @@ impl<'a> Started<'a> {
         found.map(drop)
     }
 
-    /// The processes that drive the device; for `rc_traffic` and `survivor` the parent stands for all.
+    /// The processes that drive the device; for those that are no MPI job the parent stands for all.
     fn workers(&self) -> Result<Vec<u32>> {
         let (name, count) = match self.kind {
-            Kind::Traffic | Kind::Survivor { .. } => return Ok(vec![self.root]),
+            Kind::Own { .. } | Kind::Survivor { .. } => return Ok(vec![self.root]),
             Kind::Beside { .. } => ("rc_traffic", 2),
             Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
                 ("mpi_check", ranks as usize)
@@ -309,7 +317,7 @@ impl<'a> Started<'a> {
     /// When the file cannot be made.
     pub fn tell_to_finish(&self) -> Result<()> {
         match self.kind {
-            Kind::Traffic | Kind::Beside { .. } | Kind::Survivor { .. } => {
+            Kind::Own { .. } | Kind::Beside { .. } | Kind::Survivor { .. } => {
                 process::signal_each(&[self.root], Signal::TERM);
             }
             Kind::Mpi { .. } | Kind::Starting { .. } | Kind::Finalizing { .. } => {
@@ -352,7 +360,7 @@ impl<'a> Started<'a> {
     pub fn account(&self) -> Result<String> {
         let output = self.runner.output()?;
         match self.kind {
-            Kind::Traffic | Kind::Beside { .. } | Kind::Survivor { .. } => {
+            Kind::Own { .. } | Kind::Beside { .. } | Kind::Survivor { .. } => {
                 own_programs::check_account(&output).map(|count| format!("{count} messages"))
             }
             Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {

@@ -69,7 +69,7 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When the job cannot be resumed, does not go on, or loses anything; or when fewer than all but one of the phases were hit.
 pub fn run(killed: &Killed, job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let mut started = Started::start(job, Kind::TRAFFIC)?;
     started.wait_for_traffic()?;
     let images = job.folder.join("images");
     let mut hit = Vec::new();

@@ -33,7 +33,7 @@ pub struct KilledCriu {
 const KILLED: &[KilledCriu] = &[
     KilledCriu {
         name: "killed-criu",
-        kind: Kind::Traffic,
+        kind: Kind::TRAFFIC,
     },
     // With TCP connections between its processes.
     KilledCriu {

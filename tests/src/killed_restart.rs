@@ -41,7 +41,7 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When a command does not say what to do, anything of a failed restart is left, or the job loses anything.
 pub fn run(job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let mut started = Started::start(job, Kind::TRAFFIC)?;
     started.wait_for_traffic()?;
     let processes = started.pids();
     let image = started.checkpoint(&["--stop"])?;

@@ -31,7 +31,7 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When a second orchestrator is let in, or does not name the first, or the job loses anything.
 pub fn run(job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let mut started = Started::start(job, Kind::TRAFFIC)?;
     started.wait_for_traffic()?;
     for request in ["begin", "close", "settle", "connect"] {
         hold_and_try(&mut started, job, request).with_context(|| format!("held at {request}"))?;

@@ -67,7 +67,7 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When the cycle takes too long or does not name it, or the job loses anything.
 pub fn run(stopped: &Stopped, job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let mut started = Started::start(job, Kind::TRAFFIC)?;
     started.wait_for_traffic()?;
     let root = started.root;
     let victim = *tree::descendants(root).first().context("no child")?;

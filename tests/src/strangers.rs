@@ -45,7 +45,7 @@ pub fn cases() -> Vec<Case> {
 /// # Errors
 /// When one is not dropped or not refused, keeps the agent from its work, or the job loses anything.
 pub fn run(job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let mut started = Started::start(job, Kind::TRAFFIC)?;
     started.wait_for_traffic()?;
     let before = Numbers::on(&job.setup.device)?;
     let child = *tree::descendants(started.root)

@@ -164,7 +164,7 @@ pub fn run(wrapped: &Wrapped, job: &Job<'_>) -> Result<String> {
 
 /// Lets each verb fail under a cycle, and brings the job back when the fault is gone.
 fn fail_each(verbs: &[Failing], faults: &Path, job: &Job<'_>) -> Result<String> {
-    let mut started = Started::start(job, Kind::Traffic)?;
+    let mut started = Started::start(job, Kind::TRAFFIC)?;
     started.wait_for_traffic()?;
     for failing in verbs {
         let fault = faults.join(failing.verb);

@@ -106,6 +106,9 @@ pub const RUNS: &[Run] = &[
         name: "restarts",
         cases: &[
             "=restart-rc",
+            "=restart-ud-srq-other-device",
+            "=restart-matrix-mix-extended",
+            "=restart-objects",
             "=restart-mpi-np2-other-device",
             "=restart-deleted-file",
             "=checkpoint-runs-on",
@@ -135,6 +138,15 @@ pub const RUNS: &[Run] = &[
         options: &["--cycles", "1000"],
         long: true,
         timeout: 7200,
+        ..RUN
+    },
+    // A hundred cycles under valgrind, which gets one in twenty.
+    Run {
+        name: "leaks-long",
+        cases: &["=leak-valgrind"],
+        options: &["--cycles", "2000"],
+        long: true,
+        timeout: 1800,
         ..RUN
     },
     Run {
