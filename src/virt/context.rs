@@ -41,6 +41,8 @@ pub struct Context {
     /// Where asynchronous events are handed to the application.
     pub(crate) events: EventPipe,
     names: Mutex<Names>,
+    /// What the device said of itself at the first open, as the application goes on being told; `None` if it says nothing.
+    pub(super) attributes: Option<ibv_device_attr_ex>,
     /// Local keys, from the first restart on: every live one is here.
     pub(crate) lkeys: KeyTable,
     /// Keys of memory windows, without the byte that changes.
@@ -142,6 +144,7 @@ pub unsafe fn open(
             objects: Mutex::default(),
             events,
             names: Mutex::new(names),
+            attributes: attributes(hardware),
             lkeys: KeyTable::default(),
             window_keys: KeyTable::default(),
             qpns_back: Mutex::default(),
@@ -167,6 +170,16 @@ pub unsafe fn open(
         unsafe { (verbs.ibv_close_device)(hardware) };
     }
     result
+}
+
+fn attributes(hardware: *mut ibv_context) -> Option<ibv_device_attr_ex> {
+    // SAFETY: the hardware was opened just now; zero is valid for the attributes, and all of it may be written to.
+    unsafe {
+        let mut attributes: ibv_device_attr_ex = std::mem::zeroed();
+        let size = size_of_val(&attributes);
+        device::query_device_ex(hardware, std::ptr::null(), &raw mut attributes, size).ok()?;
+        Some(attributes)
+    }
 }
 
 /// A device opened after a restart of the job: peers name old things by old numbers (docs/identity.md, "Younger processes").
@@ -290,7 +303,8 @@ impl Context {
     }
 }
 
-/// `ibv_query_device_ex`.
+/// `ibv_query_device_ex`. The answer stays what it was at the first open, GUIDs and limits included, whatever the device
+/// below is now.
 ///
 /// # Safety
 /// As `ibv_query_device_ex` demands of its arguments; `attr` has room for `size` bytes.
@@ -306,7 +320,14 @@ pub unsafe fn query_device(
     let context = process().context(app)?;
     let _inside = context.enter()?;
     // SAFETY: as the caller vouches; the gate is held, so the hardware is there.
-    unsafe { device::query_device_ex(context.hardware(), input, attr, size) }
+    unsafe {
+        device::query_device_ex(context.hardware(), input, attr, size)?;
+        if let Some(known) = &context.attributes {
+            let size = size.min(size_of_val(known));
+            std::ptr::copy_nonoverlapping((&raw const *known).cast::<u8>(), attr.cast(), size);
+        }
+    }
+    Ok(())
 }
 
 /// `ibv_query_port`.

@@ -115,18 +115,8 @@ pub(crate) fn numbers(context: &Context) -> Vec<PortNumbers> {
     if !known.is_empty() || context.hardware().is_null() {
         return known;
     }
-    // SAFETY: zero is valid for the attributes; the hardware is there.
-    let count = unsafe {
-        let mut attr: rdma_core_sys::ibv_device_attr_ex = std::mem::zeroed();
-        let size = size_of_val(&attr);
-        let asked = crate::device::query_device_ex(
-            context.hardware(),
-            std::ptr::null(),
-            &raw mut attr,
-            size,
-        );
-        asked.map_or(0, |()| attr.orig_attr.phys_port_cnt)
-    };
+    let attributes = context.attributes.as_ref();
+    let count = attributes.map_or(0, |attributes| attributes.orig_attr.phys_port_cnt);
     let numbers: Vec<u8> = (1..=count).collect();
     let now = ports_now(context, &numbers).unwrap_or_default();
     let identity = |(port, now): (&u8, &PortNow)| PortNumbers {
