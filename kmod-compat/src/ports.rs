@@ -32,6 +32,14 @@ pub struct DeviceFacts {
     pub ports: Vec<PortFacts>,
 }
 
+impl DeviceFacts {
+    /// Every address of every port.
+    pub fn gids(&self) -> impl Iterator<Item = Gid> + '_ {
+        let entries = self.ports.iter().flat_map(|port| &port.gids);
+        entries.map(|entry| entry.gid).filter(|gid| !gid.is_zero())
+    }
+}
+
 /// One port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortFacts {
@@ -76,6 +84,18 @@ impl GidEntry {
     /// Whether the entry holds no address.
     pub fn is_empty(&self) -> bool {
         self.gid.is_zero() && self.gid_type.is_none() && self.network_interface.is_none()
+    }
+
+    /// Whether it can stand for another: it has the same type and addresses alike (both IPv4, both link-local, or both neither).
+    pub fn has_role_of(&self, other: &GidEntry) -> bool {
+        let role = |entry: &GidEntry| {
+            let gid = &entry.gid.0;
+            (
+                gid[..10] == [0; 10] && gid[10..12] == [0xff, 0xff],
+                gid[..2] == [0xfe, 0x80],
+            )
+        };
+        !self.gid.is_zero() && self.gid_type == other.gid_type && role(self) == role(other)
     }
 }
 

@@ -6,6 +6,7 @@
 mod close;
 mod drain;
 mod examine;
+mod needs;
 mod peers;
 mod rebuild;
 mod release;

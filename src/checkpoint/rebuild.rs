@@ -15,6 +15,7 @@ use kmod_compat::sysfs_tree;
 
 use super::Phase;
 use super::release::{Let, undo_rebuild};
+use crate::control::choice::choose;
 use crate::control::message::{ContextNumbers, DeviceChoice, ProcessNumbers};
 use crate::device;
 use crate::errno::Errno;
@@ -65,7 +66,7 @@ fn make_all(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
 }
 
 fn open_device(context: &Context, choices: &[DeviceChoice]) -> Phase<()> {
-    let name = choose(context, choices)?;
+    let name = choose_device(context, choices)?;
     let cname = CString::new(name.clone()).map_err(|error| error.to_string())?;
     let known = kernel_devices()
         .into_iter()
@@ -98,15 +99,7 @@ fn open_device(context: &Context, choices: &[DeviceChoice]) -> Phase<()> {
         .map_err(|error| format!("command file of {name}: {error}"))
 }
 
-/// The device asked for; else that of the same name; else the one that has the addresses; else the only one.
-fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
-    let first = context.name();
-    let asked = choices
-        .iter()
-        .find(|choice| choice.from.as_ref() == Some(&first));
-    if let Some(choice) = asked.or_else(|| choices.iter().find(|choice| choice.from.is_none())) {
-        return Ok(choice.to.clone());
-    }
+fn choose_device(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
     let mut names: Vec<String> = kernel_devices()
         .into_iter()
         .map(|device| device.name)
@@ -118,29 +111,13 @@ fn choose(context: &Context, choices: &[DeviceChoice]) -> Phase<String> {
             .map_err(|error| format!("cannot list devices: {error}"))?;
     }
     let wanted = lock(&context.first_seen).clone();
-    let has_address = |name: &&String| {
+    choose(&context.name(), choices, &names, |name| {
         let (Some(wanted), Ok(now)) = (&wanted, ports::facts(name)) else {
             return false;
         };
-        let gids = |facts: &DeviceFacts| -> Vec<_> {
-            facts
-                .ports
-                .iter()
-                .flat_map(|port| port.gids.iter().map(|entry| entry.gid))
-                .filter(|gid| !gid.is_zero())
-                .collect()
-        };
-        let now = gids(&now);
-        gids(wanted).iter().any(|gid| now.contains(gid))
-    };
-    let by_name = names.iter().find(|name| **name == first);
-    let only = if names.len() == 1 {
-        names.first()
-    } else {
-        None
-    };
-    by_name.or_else(|| names.iter().find(has_address)).or(only).cloned().ok_or_else(|| {
-        format!("no device here is {first} or has its address; choose one with --device {first}=NAME: {}", names.join(", "))
+        wanted
+            .gids()
+            .any(|gid| now.gids().any(|other| other == gid))
     })
 }
 

@@ -4,6 +4,7 @@ use rdma_core_sys::{
     IBV_QPS_INIT, IBV_QPS_RESET, IBV_QPS_RTR, IBV_QPS_RTS, IBV_QPS_SQD, IBV_QPS_SQE, ibv_qp_state,
 };
 
+use super::needs::needs;
 use crate::control::message::{
     ContextStatus, MemoryRegionStatus, Phase, ProcessStatus, QueuePairStatus, Session,
 };
@@ -67,6 +68,7 @@ fn context_status(context: &Context) -> ContextStatus {
                 .iter()
                 .filter(|channel| channel.belongs_to(context))
                 .count() as u64,
+            needs: needs(context, &objects),
         }
     }
 }

@@ -47,6 +47,12 @@ pub(crate) enum Command {
         command: Vec<String>,
     },
 
+    /// Asked by a restart about a device of its node.
+    #[command(hide = true)]
+    Fits {
+        device: String,
+    },
+
     /// Started by `reverbs` on the other nodes of a job.
     #[command(hide = true)]
     Node {

@@ -7,6 +7,7 @@ mod cli;
 mod criu;
 mod cycle;
 mod files;
+mod fits;
 mod inspect;
 mod interrupt;
 mod job;
@@ -46,6 +47,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Cycle(options) => cycle::cycle(&options, cli.quiet),
         Command::Resume(options) => resume::resume(&options, cli.quiet),
         Command::Status(options) => status::status(&options),
+        Command::Fits { device } => fits::fits(&device),
         Command::Remote { host, command } => nodes::start::remote(&host, &command),
         Command::Node { start: true, .. } => nodes::start::start_here(),
         Command::Node { copy: true, .. } => nodes::serve_copy(),

@@ -231,7 +231,8 @@ fn bring_back(
 
     let began = Instant::now();
     let files = options.files;
-    let opened = Opened::of(job.all(NodeRequest::Open { files })?);
+    let devices = options.devices.choices.clone();
+    let opened = Opened::of(job.all(NodeRequest::Open { files, devices })?);
     progress.phase(
         "verify",
         began.elapsed(),

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::needs::Needs;
 use crate::handle::{
     HardwareGid, HardwareKey, HardwareLid, HardwareQpn, Psn, VirtualGid, VirtualKey, VirtualLid,
     VirtualQpn,
@@ -327,6 +328,9 @@ pub struct ContextStatus {
     pub protection_domains: u64,
     pub address_handles: u64,
     pub completion_channels: u64,
+    /// Empty in images of earlier releases.
+    #[serde(default)]
+    pub needs: Needs,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,6 +3,8 @@
 //! One request, one reply, over a unix stream socket that only its user can open (`socket`). A message is a length
 //! (u32, little endian) and that many bytes of JSON. The agent never speaks first.
 
+pub mod choice;
 pub mod job_numbers;
 pub mod message;
+pub mod needs;
 pub mod socket;

@@ -95,6 +95,11 @@ pub unsafe fn destroy(app: *mut ibv_ah) -> Verb<()> {
 }
 
 impl AddressHandle {
+    /// Port and index of the address that datagrams leave from, where the application has named one.
+    pub(crate) fn source(&self) -> Option<(u8, u8)> {
+        (self.attr.is_global != 0).then_some((self.attr.port_num, self.attr.grh.sgid_index))
+    }
+
     /// # Safety
     /// `app` must come from [`create`] and not be destroyed while the reference is used.
     #[inline(always)]

@@ -162,6 +162,11 @@ impl MemoryRegion {
         )
     }
 
+    /// As it was registered.
+    pub(crate) fn access(&self) -> u32 {
+        self.app.access.cast_unsigned()
+    }
+
     /// May peers hold its key?
     pub(crate) fn is_remote(&self) -> bool {
         self.app.access & REMOTE_ACCESS != 0

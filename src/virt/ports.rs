@@ -106,6 +106,22 @@ pub(crate) fn ports_now(context: &Context, ports: &[u8]) -> Verb<Vec<PortNow>> {
     ports.iter().map(port_now).collect()
 }
 
+/// Bytes of the largest packet of a port (its path MTU); 0 while the hardware is released.
+pub(crate) fn mtu(context: &Context, port: u8) -> u32 {
+    if context.hardware().is_null() {
+        return 0;
+    }
+    // SAFETY: the hardware is there; zero is valid for the attributes.
+    unsafe {
+        let mut attr: rdma_core_sys::ibv_port_attr = std::mem::zeroed();
+        match crate::device::query_port(context.hardware(), port, &raw mut attr) {
+            // enum ibv_mtu counts from 256 bytes as 1.
+            Ok(()) => 128 << attr.active_mtu,
+            Err(_) => 0,
+        }
+    }
+}
+
 /// Old and new numbers of the ports of a context; before the first restart the hardware's own stand for both.
 pub(crate) fn numbers(context: &Context) -> Vec<PortNumbers> {
     let known: Vec<_> = lock(&context.ports)
@@ -198,7 +214,7 @@ pub(crate) fn map_port(then: &PortFacts, now: &PortNow) -> PortMap {
     {
         let rank = then.gids[..index]
             .iter()
-            .filter(|other| same_role(other, entry))
+            .filter(|other| other.has_role_of(entry))
             .count();
         let Some(matched) = stand_in(entry, rank, &now.gids) else {
             continue;
@@ -228,7 +244,7 @@ fn stand_in(entry: &GidEntry, rank: usize, table: &[GidEntry]) -> Option<usize> 
         table
             .iter()
             .enumerate()
-            .filter(|(_, other)| same_role(other, entry))
+            .filter(|(_, other)| other.has_role_of(entry))
             .map(|(index, _)| index)
     };
     table
@@ -236,18 +252,6 @@ fn stand_in(entry: &GidEntry, rank: usize, table: &[GidEntry]) -> Option<usize> 
         .position(same)
         .or_else(|| alike().nth(rank))
         .or_else(|| alike().next())
-}
-
-/// Two entries of one type that address alike: both IPv4, both link-local, or both neither.
-fn same_role(one: &GidEntry, other: &GidEntry) -> bool {
-    let role = |entry: &GidEntry| {
-        let gid = &entry.gid.0;
-        (
-            gid[..10] == [0; 10] && gid[10..12] == [0xff, 0xff],
-            gid[..2] == [0xfe, 0x80],
-        )
-    };
-    !one.gid.is_zero() && one.gid_type == other.gid_type && role(one) == role(other)
 }
 
 impl Context {

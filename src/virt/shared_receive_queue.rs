@@ -177,6 +177,12 @@ pub unsafe fn post(app: *mut ibv_srq, first: *mut ibv_recv_wr, bad: *mut *mut ib
 }
 
 impl SharedReceiveQueue {
+    /// Requests that it has room for, and elements of one.
+    pub(crate) fn size(&self) -> (u32, u32) {
+        let attr = lock(&self.attr);
+        (attr.max_wr, attr.max_sge)
+    }
+
     /// # Safety
     /// `app` must come from [`create`] and not be destroyed while the reference is used.
     #[inline(always)]

@@ -9,8 +9,8 @@ use crate::report::{Place, Test};
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults, killed,
-    killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals, stale,
-    stock, stopped, strangers, suite, wrapped,
+    killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals, smaller,
+    stale, stock, stopped, strangers, suite, wrapped,
 };
 
 /// In which modes a case makes sense.
@@ -121,6 +121,7 @@ pub enum Action {
     Leaks(&'static leaks::Leaks),
     /// A checkpoint that cannot succeed, under a running job.
     Failing(&'static failures::Failing),
+    Smaller,
 }
 
 /// A case with the settings of the run.
@@ -191,6 +192,7 @@ impl Case {
             Action::KilledRestart => killed_restart::run(job),
             Action::Leaks(leaks) => leaks::run(leaks, job),
             Action::Failing(failing) => failures::run(failing, job),
+            Action::Smaller => smaller::run(job),
             Action::Wrapped(wrapped) => wrapped::run(wrapped, job),
         }
     }
@@ -220,6 +222,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(killed_restart::cases());
     cases.extend(leaks::cases());
     cases.extend(failures::cases());
+    cases.extend(smaller::cases());
     cases.extend(outside::cases());
     cases.extend(wrapped::cases());
     cases

@@ -34,6 +34,7 @@ pub mod programs;
 pub mod report;
 pub mod rivals;
 pub mod setup;
+pub mod smaller;
 pub mod stale;
 pub mod stand_in;
 pub mod stock;

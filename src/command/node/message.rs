@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use reverbs::control::message::{HardwarePeer, ProcessNumbers, Reply, Request};
+use reverbs::control::message::{DeviceChoice, HardwarePeer, ProcessNumbers, Reply, Request};
 use reverbs::image::PhaseTime;
 
 use crate::command::files::FilePolicy;
@@ -65,7 +65,10 @@ pub(crate) enum NodeRequest {
     /// From here on nobody else restores that part, by node: [`NodeReply::Claimed`].
     Claim { parts: Vec<ImagePart> },
     /// Checks the part and whether it can be restored here: [`NodeReply::Opened`]. Nothing is changed.
-    Open { files: FilePolicy },
+    Open {
+        files: FilePolicy,
+        devices: Vec<DeviceChoice>,
+    },
     /// The processes will live in a network of their own.
     Join { overlay: Overlay },
     /// Puts files back: [`NodeReply::Files`].

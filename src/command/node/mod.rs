@@ -2,6 +2,7 @@
 //! `reverbs node`). `part` answers requests; `save` and `restore` are the long ones.
 
 mod claim;
+mod devices;
 mod message;
 mod part;
 mod requirements;

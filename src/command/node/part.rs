@@ -78,9 +78,9 @@ impl Part {
                 self.claim = Some(claim);
                 return Ok(NodeReply::Claimed { here });
             }
-            NodeRequest::Open { files } => {
+            NodeRequest::Open { files, devices } => {
                 let claim = self.claim.take().context("nobody has claimed a part")?;
-                let restoring = Restoring::open(claim, *files, &self.runtime_folder)?;
+                let restoring = Restoring::open(claim, *files, devices, &self.runtime_folder)?;
                 let opened = restoring.facts();
                 self.restoring = Some(restoring);
                 return Ok(opened);

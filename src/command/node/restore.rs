@@ -12,13 +12,13 @@ use anyhow::{Context, Result, bail};
 use procfs::process::Process;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
-use reverbs::control::message::{PROTOCOL_VERSION, Phase, Reply, Request};
+use reverbs::control::message::{DeviceChoice, PROTOCOL_VERSION, Phase, Reply, Request};
 use reverbs::control::socket::agent_socket;
 use reverbs::image::{Image, Manifest};
 
 use super::claim::Claim;
 use super::message::NodeReply;
-use super::requirements;
+use super::{devices, requirements};
 use crate::command::criu::{Criu, RestoreFailure, WorkFolder};
 use crate::command::files::{FilePolicy, cut_back, put_back};
 use crate::command::job::{JobLock, NodeId, ProcessTree, ask_once};
@@ -56,7 +56,12 @@ impl Restoring {
     ///
     /// # Errors
     /// It is damaged, or something is in its way: named with the remedy.
-    pub(super) fn open(claim: Claim, files: FilePolicy, runtime_folder: &Path) -> Result<Self> {
+    pub(super) fn open(
+        claim: Claim,
+        files: FilePolicy,
+        choices: &[DeviceChoice],
+        runtime_folder: &Path,
+    ) -> Result<Self> {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
         let image = Image::open(claim.folder())?;
         image.verify()?;
@@ -71,6 +76,7 @@ impl Restoring {
         refuse_half_restored(manifest, runtime_folder)?;
         wait_for_ids(&manifest.ids())?;
         requirements::check(manifest, claim.several_nodes)?;
+        devices::check(manifest, choices)?;
         Ok(Self {
             claim,
             files,

@@ -27,7 +27,7 @@ use crate::command::secret::{Handover, Secret, hexadecimal};
 /// Begins the first line that `reverbs node` prints; a login shell may print others before.
 pub(super) const MAGIC: &str = "reverbs-node ";
 /// Raised by every change that the other end would misread.
-pub(super) const NODES_VERSION: u32 = 2;
+pub(super) const NODES_VERSION: u32 = 3;
 const LONGEST_LINE: usize = 1 << 16;
 /// How long a launcher that has ended may take to pass on why.
 const LAST_WORDS: Duration = Duration::from_secs(2);

@@ -264,6 +264,11 @@ impl std::ops::DerefMut for Locked<'_> {
 }
 
 impl CompletionQueue {
+    /// Completions that it has room for.
+    pub(crate) fn entries(&self) -> u32 {
+        u32::try_from(self.app.public.cqe).unwrap_or(0)
+    }
+
     /// # Safety
     /// `app` must come from [`create`] and not be destroyed while the reference is used.
     #[inline(always)]

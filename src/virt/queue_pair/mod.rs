@@ -8,6 +8,7 @@ mod doorbell;
 mod executed;
 mod hardware;
 mod multicast;
+mod needs;
 mod post;
 mod post_general;
 mod send_queue;

@@ -1,11 +1,14 @@
 //! Posts and polls, which go through the operations of the context.
 
 use std::ffi::c_int;
+use std::sync::OnceLock;
 
 use rdma_core_sys::{
     IBV_QPT_UC, IBV_QPT_UD, IBV_WC_SEND, IBV_WR_RDMA_WRITE, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM,
-    ibv_context, ibv_cq, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_wc,
+    ibv_context, ibv_cq, ibv_device_attr_ex, ibv_qp, ibv_query_device_ex_input, ibv_recv_wr,
+    ibv_send_wr, ibv_srq, ibv_wc,
 };
+use reverbs::device::extended;
 
 use crate::state::state;
 
@@ -19,6 +22,42 @@ pub(crate) unsafe fn wrap_operations(context: *mut ibv_context) {
     ops.post_send = Some(post_send);
     ops.post_recv = Some(post_recv);
     ops.post_srq_recv = Some(post_srq_recv);
+    if state().plan.queue > 0 {
+        // SAFETY: a context of libibverbs, which nobody else has yet.
+        let query = unsafe { &mut (*extended(context)).query_device_ex };
+        if let Some(below) = query.replace(query_device) {
+            let _ = QUERY_DEVICE.set(below);
+        }
+    }
+}
+
+type QueryDevice = unsafe extern "C" fn(
+    *mut ibv_context,
+    *const ibv_query_device_ex_input,
+    *mut ibv_device_attr_ex,
+    usize,
+) -> c_int;
+
+/// That of the device below.
+static QUERY_DEVICE: OnceLock<QueryDevice> = OnceLock::new();
+
+unsafe extern "C" fn query_device(
+    context: *mut ibv_context,
+    input: *const ibv_query_device_ex_input,
+    attr: *mut ibv_device_attr_ex,
+    size: usize,
+) -> c_int {
+    let Some(below) = QUERY_DEVICE.get() else {
+        return libc::EOPNOTSUPP;
+    };
+    // SAFETY: see the top.
+    unsafe {
+        let code = below(context, input, attr, size);
+        if code == 0 {
+            (*attr).orig_attr.max_qp_wr = state().plan.queue;
+        }
+        code
+    }
 }
 
 unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, completions: *mut ibv_wc) -> c_int {

@@ -10,6 +10,7 @@
 //! | `fail=VERB:ERRNO` | the verb (without `ibv_`) fails |
 //! | `fail=VERB@N:ERRNO` | its Nth call fails |
 //! | `fail=VERB%P:ERRNO` | P percent of its calls fail |
+//! | `queue=N` | the device says that a queue has room for N requests at most |
 //! | `while=FOLDER` | a verb fails, and its calls are counted, only while there is a file of its name in this folder |
 //!
 //! `modify_qp` to the error state goes by the name `stop_qp`.
@@ -27,6 +28,8 @@ pub struct Plan {
     pub reorder: bool,
     /// Percent.
     pub lose: u32,
+    /// 0 for what the device below says.
+    pub queue: i32,
     pub failures: Vec<Failure>,
     pub failing_while: Option<PathBuf>,
 }
@@ -69,6 +72,7 @@ impl std::str::FromStr for Plan {
                 "trace" => plan.trace = Some(value.into()),
                 "delay" => plan.delay = number(word, value)?,
                 "reorder" => plan.reorder = value == "yes",
+                "queue" => plan.queue = number(word, value)?,
                 "lose" => plan.lose = number(word, value)?,
                 "fail" => plan.failures.push(failure(word, value)?),
                 "while" => plan.failing_while = Some(value.into()),
