@@ -2,9 +2,14 @@
 //!
 //! One request, one reply, over a unix stream socket that only its user can open (`socket`). A message is a length
 //! (u32, little endian) and that many bytes of JSON. The agent never speaks first.
+//!
+//! Also what whoever drives the phases has to decide.
 
 pub mod choice;
+pub mod drain;
 pub mod job_numbers;
 pub mod message;
 pub mod needs;
+pub mod outside;
+pub mod owner;
 pub mod socket;

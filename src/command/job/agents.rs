@@ -6,8 +6,8 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use reverbs::control::message::{HardwarePeer, Phase, ProcessNumbers, Reply, Request, Session};
+use reverbs::control::owner::Whose;
 
-use super::outside::Whose;
 use super::place::{NodeId, ProcessId};
 
 /// What an agent says of itself.

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use reverbs::control::message::{
     DrainReport, HardwarePeer, Phase, ProcessNumbers, Reply, Request, ResponderState, Session,
 };
+use reverbs::control::owner::Whose;
 
 use super::agents::{AgentFailure, Agents, Hello, Unreachable};
-use super::outside::Whose;
 use super::place::{NodeId, ProcessId};
 
 /// What happens to an agent when it is asked a certain thing for the first time.

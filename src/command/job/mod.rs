@@ -6,9 +6,7 @@ mod driver;
 mod driver_tests;
 #[cfg(test)]
 mod fake;
-mod host;
 mod lock;
-mod outside;
 mod place;
 mod sockets;
 mod tree;
@@ -18,7 +16,6 @@ pub(crate) use driver::Driver;
 #[cfg(test)]
 pub(crate) use fake::{FakeAgent, FakeJob, Mishap, barrier_before};
 pub(crate) use lock::JobLock;
-pub(crate) use outside::Whose;
 pub(crate) use place::{NodeId, ProcessId};
 #[cfg(test)]
 pub(crate) use sockets::patience;
@@ -26,6 +23,8 @@ pub(crate) use sockets::{SocketAgents, ask_once, listening};
 #[cfg(test)]
 pub(crate) use tree::Member;
 pub(crate) use tree::{ProcessTree, is_reverbs, root_of};
+
+pub(crate) use reverbs::control::owner::Whose;
 
 use reverbs::control::message::Session;
 

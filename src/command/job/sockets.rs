@@ -12,11 +12,10 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use reverbs::control::message::{HardwarePeer, PROTOCOL_VERSION, ProcessNumbers, Reply, Request};
+use reverbs::control::owner::{self, Whose};
 use reverbs::control::{job_numbers, socket};
 
 use super::agents::{AgentFailure, Hello, Unreachable};
-use super::host;
-use super::outside::Whose;
 use super::place::{NodeId, ProcessId};
 use super::tree::{self, ProcessTree};
 
@@ -228,7 +227,7 @@ impl SocketAgents {
     /// # Errors
     /// The host cannot be asked.
     pub(crate) fn whose(&self, peer: &HardwarePeer, device: Option<&str>) -> Result<Whose> {
-        host::whose(peer, device, &ProcessTree::of(self.root)?.pids())
+        owner::whose(peer, device, &ProcessTree::of(self.root)?.pids())
     }
 }
 

@@ -4,52 +4,48 @@
 use std::collections::HashSet;
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
 
-use reverbs::control::message::{
+use super::message::{
     ContextPeers, HardwareAddress, HardwarePeer, HardwarePort, HardwareQueuePair,
 };
-use reverbs::handle::VirtualQpn;
-
-use super::place::{NodeId, ProcessId};
+use super::owner::Whose;
+use crate::handle::{HardwareQpn, VirtualQpn};
 
 /// Named in an error at most.
 const MOST_NAMED: usize = 3;
 
 /// A queue pair whose peer is not part of the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Stray {
-    pub(crate) process: ProcessId,
-    pub(crate) pair: HardwareQueuePair,
+pub struct Stray<P> {
+    pub process: P,
+    hardware_device: String,
+    hardware_qpn: HardwareQpn,
     qpn: VirtualQpn,
     peer: HardwarePeer,
     whose: Whose,
 }
 
-/// Who has a queue pair that is none of the job's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Whose {
-    /// It was destroyed, or its process has ended. Or it is one that reverbs itself keeps in the job.
-    Nobodys,
-    Process {
-        pid: i32,
-        name: String,
-    },
-    /// Of a process whose thread that made it has ended, or of the kernel.
-    Unknown,
-    /// No device of this host has the address.
-    AnotherHosts,
+impl<P> Stray<P> {
+    /// As it is asked for, where its process has the id `pid`.
+    #[must_use]
+    pub fn pair(&self, pid: i32) -> HardwareQueuePair {
+        HardwareQueuePair {
+            pid,
+            hardware_device: self.hardware_device.clone(),
+            hardware_qpn: self.hardware_qpn,
+        }
+    }
 }
 
 /// Finds them. `whose` is asked for each peer that is none of the job's queue pairs, with the device of the job that has the
-/// address, and its node, if one has.
+/// address, and a process that has opened it, if there is one.
 ///
 /// # Errors
 /// Those of `whose`.
-pub(super) fn strays(
-    job: &[(ProcessId, Vec<ContextPeers>)],
-    mut whose: impl FnMut(&HardwarePeer, Option<(NodeId, &str)>) -> Result<Whose>,
-) -> Result<Vec<Stray>> {
+pub fn strays<P: Copy>(
+    job: &[(P, Vec<ContextPeers>)],
+    mut whose: impl FnMut(&HardwarePeer, Option<(P, &str)>) -> Result<Whose>,
+) -> Result<Vec<Stray<P>>> {
     let contexts = || {
         job.iter()
             .flat_map(|(process, contexts)| contexts.iter().map(move |context| (*process, context)))
@@ -78,16 +74,13 @@ pub(super) fn strays(
                         .flat_map(addresses)
                         .any(|at| at == peer.address)
                 })
-                .map(|(process, other)| (process.node, other.hardware_device.as_str()));
+                .map(|(process, other)| (process, other.hardware_device.as_str()));
             match whose(&peer, device)? {
                 Whose::Nobodys => {}
                 whose => strays.push(Stray {
                     process,
-                    pair: HardwareQueuePair {
-                        pid: process.pid,
-                        hardware_device: context.hardware_device.clone(),
-                        hardware_qpn: pair.hardware_qpn,
-                    },
+                    hardware_device: context.hardware_device.clone(),
+                    hardware_qpn: pair.hardware_qpn,
                     qpn: pair.qpn,
                     peer,
                     whose,
@@ -107,7 +100,8 @@ fn addresses(port: &HardwarePort) -> impl Iterator<Item = HardwareAddress> + '_ 
 }
 
 /// What to tell the user who has not allowed them.
-pub(super) fn refusal(strays: &[String]) -> String {
+#[must_use]
+pub fn refusal(strays: &[String]) -> String {
     let named = &strays[..strays.len().min(MOST_NAMED)];
     let more = match strays.len() - named.len() {
         0 => String::new(),
@@ -119,7 +113,7 @@ pub(super) fn refusal(strays: &[String]) -> String {
     )
 }
 
-impl std::fmt::Display for Stray {
+impl<P> std::fmt::Display for Stray<P> {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             out,
@@ -142,12 +136,11 @@ impl std::fmt::Display for Stray {
 
 #[cfg(test)]
 mod tests {
-    use reverbs::control::message::{
+    use super::{Whose, refusal, strays};
+    use crate::control::message::{
         ContextPeers, HardwareAddress, HardwarePeer, HardwarePort, QueuePairPeer,
     };
-    use reverbs::handle::{HardwareGid, HardwareLid, HardwareQpn, VirtualQpn};
-
-    use super::{NodeId, ProcessId, Whose, refusal, strays};
+    use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, VirtualQpn};
 
     const HERE: HardwareGid = HardwareGid([1; 16]);
     const ELSEWHERE: HardwareGid = HardwareGid([2; 16]);
@@ -176,14 +169,10 @@ mod tests {
 
     #[test]
     fn what_leads_out_is_named_and_what_was_destroyed_is_not() {
-        let first = |pid| ProcessId {
-            node: NodeId::FIRST,
-            pid,
-        };
         let job = [
-            (first(7), process(&[(1, HERE, 2), (3, HERE, 9)])),
+            (7, process(&[(1, HERE, 2), (3, HERE, 9)])),
             (
-                first(8),
+                8,
                 process(&[(2, HERE, 1), (4, HERE, 10), (5, ELSEWHERE, 1)]),
             ),
         ];
@@ -201,7 +190,7 @@ mod tests {
         .unwrap();
         let named: Vec<_> = found
             .iter()
-            .map(|stray| format!("{}: {stray}", stray.process))
+            .map(|stray| format!("process {}: {stray}", stray.process))
             .collect();
         let said = refusal(&named);
         for part in [
@@ -211,10 +200,7 @@ mod tests {
         ] {
             assert!(said.contains(part), "{said}");
         }
-        let pairs: Vec<_> = found
-            .iter()
-            .map(|stray| stray.pair.hardware_qpn.0)
-            .collect();
+        let pairs: Vec<_> = found.iter().map(|stray| stray.hardware_qpn.0).collect();
         assert_eq!(pairs, [4, 5]);
     }
 }

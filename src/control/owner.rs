@@ -6,16 +6,31 @@ use kmod_compat::ports::{PortFacts, read_device};
 use kmod_compat::restrack::{self, ObjectKind, Owner};
 use kmod_compat::sysfs::Sysfs;
 use procfs::process::Process;
+use serde::{Deserialize, Serialize};
 
-use reverbs::control::message::{HardwareAddress, HardwarePeer};
+use super::message::{HardwareAddress, HardwarePeer};
 
-use super::outside::Whose;
+/// Who has a queue pair that is none of the job's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Whose {
+    /// It was destroyed, or its process has ended. Or it is one that reverbs itself keeps in the job.
+    Nobodys,
+    Process {
+        pid: i32,
+        name: String,
+    },
+    /// Of a process whose thread that made it has ended, or of the kernel.
+    Unknown,
+    /// No device of this host has the address.
+    AnotherHosts,
+}
 
-/// Who has a queue pair on this host. `device` has its address; if it is not known which has, all are looked at.
+/// Who has a queue pair on this host, for a job of these processes. `device` has its address; if it is not known which has, all
+/// are looked at.
 ///
 /// # Errors
 /// The kernel cannot be asked.
-pub(super) fn whose(peer: &HardwarePeer, device: Option<&str>, job: &[i32]) -> Result<Whose> {
+pub fn whose(peer: &HardwarePeer, device: Option<&str>, job: &[i32]) -> Result<Whose> {
     let found;
     let device = match device {
         Some(device) => device,
