@@ -1,7 +1,7 @@
 //! What stands in the way, before anything is touched.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kmod_compat::devices::{self, NodeType};
 use kmod_compat::fds::{
@@ -117,20 +117,28 @@ pub(super) fn memory_windows() -> Vec<String> {
 }
 
 /// The RDMA descriptors of this process. For a moment within `ibv_open_device` and `ibv_close_device` libibverbs has one that we
-/// do not know (yet, or any more): such are looked at again before they are believed.
+/// do not know (yet, or any more): such are looked at again before they are believed. While we open or close a device ourselves nothing
+/// is believed: after a restart opening takes long, as the kernel's files of all addresses are read.
 pub(super) fn settled_descriptors(
     is_fine: impl Fn(&RdmaDescriptor) -> bool,
 ) -> Result<Vec<RdmaDescriptor>, FdError> {
     const LOOKS: u32 = 20;
     const PAUSE: Duration = Duration::from_millis(50);
-    for _ in 0..LOOKS {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let began = Instant::now();
+    let mut looks = 0;
+    loop {
+        let before = process().is_unsettled();
         let found = rdma_descriptors(&Sysfs::host(), Whose::Own)?;
-        if found.iter().all(&is_fine) {
+        let is_settled = !before && !process().is_unsettled();
+        if is_settled || began.elapsed() > LIMIT {
+            looks += 1;
+        }
+        if looks > LOOKS || found.iter().all(&is_fine) {
             return Ok(found);
         }
         std::thread::sleep(PAUSE);
     }
-    rdma_descriptors(&Sysfs::host(), Whose::Own)
 }
 
 /// Command files of the hardware and those that the application sees.

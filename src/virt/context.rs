@@ -126,6 +126,7 @@ pub unsafe fn open(
     // Before the job's numbers are looked for: an orchestrator that is about to leave them has to see us.
     crate::agent::start();
     let _inside = process.gate.enter();
+    let _unsettled = process.unsettle();
     let hardware = verbs.open(name)?;
     let result = (|| {
         let events = EventPipe::new(size_of::<[u64; 2]>())?;
@@ -227,6 +228,7 @@ pub fn close(app: *mut ibv_context) -> Verb<()> {
     }
     let context = process.context(app)?;
     let _inside = context.enter()?;
+    let _unsettled = process.unsettle();
     let _events = process.events();
     process.remove_context(&context);
     process

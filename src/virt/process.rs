@@ -1,7 +1,7 @@
 //! What there is once in a process: the gate, the open contexts, what was learnt at the last restart.
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdma_core_sys::ibv_context;
@@ -17,6 +17,8 @@ use crate::translate::Directory;
 pub struct Process {
     pub(crate) gate: ControlGate,
     contexts: Mutex<Vec<Arc<Context>>>,
+    /// Devices that are being opened or closed: their files are there, and the context is not.
+    unsettled: AtomicU32,
     channels: Mutex<Vec<Arc<Channel>>>,
     directory: Mutex<Option<Arc<Directory>>>,
     /// Held while an event is handed to the application, and while an object that events can name is destroyed.
@@ -53,6 +55,7 @@ impl Process {
         Self {
             gate: ControlGate::new(),
             contexts: Mutex::new(Vec::new()),
+            unsettled: AtomicU32::new(0),
             channels: Mutex::new(Vec::new()),
             directory: Mutex::new(None),
             events: Mutex::new(()),
@@ -70,6 +73,17 @@ impl Process {
 
     pub(crate) fn add_context(&self, context: &Arc<Context>) {
         lock(&self.contexts).push(Arc::clone(context));
+    }
+
+    /// Says that a device is being opened or closed, until it is dropped.
+    pub(crate) fn unsettle(&self) -> Unsettled<'_> {
+        self.unsettled.fetch_add(1, Ordering::AcqRel);
+        Unsettled(&self.unsettled)
+    }
+
+    /// A thread is inside of opening or closing a device.
+    pub(crate) fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::Acquire) > 0
     }
 
     pub(crate) fn remove_context(&self, context: &Arc<Context>) {
@@ -140,6 +154,16 @@ impl Process {
     #[must_use]
     pub fn translates(&self) -> bool {
         self.translates.load(Ordering::Acquire)
+    }
+}
+
+/// A device is being opened or closed.
+#[derive(Debug)]
+pub(crate) struct Unsettled<'a>(&'a AtomicU32);
+
+impl Drop for Unsettled<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
