@@ -126,7 +126,7 @@ impl State {
             }
             Request::Release => {
                 self.require(&[Phase::Settled])?;
-                self.left = checkpoint::release()?;
+                checkpoint::release(&mut self.left)?;
                 self.enter(Phase::Released)
             }
             Request::Rebuild { devices } => {
@@ -193,6 +193,7 @@ impl State {
         self.outside = Outside::default();
         self.stopped = Stopped::default();
         self.responders = Vec::new();
+        self.left = Let::default();
         self.enter(Phase::Running)
     }
 

@@ -1,11 +1,13 @@
 //! What stands in the way, before anything is touched.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kmod_compat::devices::{self, NodeType};
 use kmod_compat::fds::{
-    DescriptorKind, FdError, Process as Whose, RdmaDescriptor, rdma_descriptors, rdma_mappings,
+    self, DescriptorKind, FdError, Process as Whose, RdmaDescriptor, rdma_descriptors,
+    rdma_mappings,
 };
 use kmod_compat::netlink::Connection;
 use kmod_compat::restrack::live_connection_ids;
@@ -23,20 +25,19 @@ pub(crate) fn examine() -> Vec<Obstacle> {
     let mut say = |what: String| obstacles.push(Obstacle { what });
     let is_fine = |descriptor: &RdmaDescriptor| match &descriptor.kind {
         DescriptorKind::ConnectionManager | DescriptorKind::Events => true,
-        DescriptorKind::Verbs { .. } => our_descriptors().contains(&descriptor.number),
+        DescriptorKind::Verbs { .. } => is_ours(descriptor.number),
         _ => false,
     };
     match settled_descriptors(is_fine) {
         Err(error) => say(format!("cannot look at the file descriptors: {error}")),
         Ok(descriptors) => {
-            let ours = our_descriptors();
             let mut has_connection_manager = false;
             for descriptor in descriptors {
                 match &descriptor.kind {
                     DescriptorKind::ConnectionManager => has_connection_manager = true,
                     // Event files are ours, or completion channels nobody has used, which are taken over.
                     DescriptorKind::Events => {}
-                    DescriptorKind::Verbs { .. } if ours.contains(&descriptor.number) => {}
+                    DescriptorKind::Verbs { .. } if is_ours(descriptor.number) => {}
                     _ => say(format!(
                         "file descriptor {} is open on {} past reverbs; close it, or start the program under `reverbs run`",
                         descriptor.number, descriptor.target
@@ -141,8 +142,15 @@ pub(super) fn settled_descriptors(
     }
 }
 
+/// A command file, or a duplicate that the application has made of one.
+fn is_ours(number: RawFd) -> bool {
+    let ours = our_descriptors();
+    let is_duplicate = |file: &RawFd| fds::duplicates(*file).is_ok_and(|all| all.contains(&number));
+    ours.contains(&number) || ours.iter().any(is_duplicate)
+}
+
 /// Command files of the hardware and those that the application sees.
-fn our_descriptors() -> Vec<i32> {
+fn our_descriptors() -> Vec<RawFd> {
     let contexts = process().contexts();
     let files = contexts.iter().flat_map(|context| {
         // SAFETY: both contexts are open; only numbers are read.

@@ -2,7 +2,8 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -61,7 +62,25 @@ fn make_all(choices: &[DeviceChoice], left: &Let) -> Phase<()> {
             }
         }
     }
+    put_duplicates_back(left)?;
     process().count_rebuild();
+    Ok(())
+}
+
+/// Unless the application has closed them, or put something else there.
+fn put_duplicates_back(left: &Let) -> Phase<()> {
+    for context in &process().contexts() {
+        let of_context = |duplicate: &&(usize, RawFd)| duplicate.0 == Arc::as_ptr(context).addr();
+        for (_, number) in left.duplicates.iter().filter(of_context) {
+            let there = std::fs::read_link(format!("/proc/self/fd/{number}"));
+            if there.is_ok_and(|file| file == Path::new("/dev/null")) {
+                // SAFETY: the hardware was opened just now; only its file number is read.
+                let command_file = unsafe { device::command_fd(context.hardware()) };
+                replace_command_file(*number, command_file)
+                    .map_err(|error| format!("file descriptor {number}: {error}"))?;
+            }
+        }
+    }
     Ok(())
 }
 

@@ -1,12 +1,17 @@
 //! Letting go of the hardware: every object, then every file descriptor.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
-use kmod_compat::fds::{DescriptorKind, Process as Whose, rdma_mappings};
+use kmod_compat::fds::{
+    self, DescriptorKind, Process as Whose, RdmaDescriptor, rdma_descriptors, rdma_mappings,
+};
 use kmod_compat::substitute::substitute;
+use kmod_compat::sysfs::Sysfs;
 
 use super::Phase;
 use super::examine::settled_descriptors;
+use crate::device as hardware;
 use crate::errno::Verb;
 use crate::virt::channel::Channel;
 use crate::virt::context::{Context, put_aside};
@@ -18,11 +23,13 @@ use crate::virt::process::{lock, process};
 pub(crate) struct Let {
     /// Numbers under which `/dev/infiniband/rdma_cm` was open, idle.
     pub(super) connection_managers: Vec<RawFd>,
+    /// Command files that the application has duplicated: whose they are, by address, and the number.
+    pub(super) duplicates: Vec<(usize, RawFd)>,
 }
 
 /// Destroys all hardware objects, closes all devices, and puts something that can be saved under the number of every RDMA
-/// file descriptor.
-pub(crate) fn release() -> Phase<Let> {
+/// file descriptor. `left` has what an attempt that failed has noted already.
+pub(crate) fn release(left: &mut Let) -> Phase<()> {
     // No event may be on its way while what it names goes.
     let _events = process().events();
     for context in &process().contexts() {
@@ -37,9 +44,13 @@ pub(crate) fn release() -> Phase<Let> {
     }
     for context in &process().contexts() {
         context.events.before_save();
+        put_command_file_aside(context)?;
+        for number in duplicates(context) {
+            put_aside(number).map_err(|error| format!("file descriptor {number}: {error}"))?;
+            left.duplicates.push((Arc::as_ptr(context).addr(), number));
+        }
         close_device(context)?;
     }
-    let mut left = Let::default();
     let descriptors = settled_descriptors(|descriptor| {
         matches!(
             descriptor.kind,
@@ -77,7 +88,7 @@ pub(crate) fn release() -> Phase<Let> {
             "{} is still mapped at {:#x}",
             mapping.path, mapping.start
         )),
-        None => Ok(left),
+        None => Ok(()),
     }
 }
 
@@ -107,9 +118,38 @@ fn close_device(context: &Context) -> Phase<()> {
     context.set_hardware(std::ptr::null_mut());
     // SAFETY: the device's own; all its objects are gone.
     unsafe { (context.verbs.ibv_close_device)(hardware) };
+    put_command_file_aside(context)
+}
+
+fn put_command_file_aside(context: &Context) -> Phase<()> {
     // SAFETY: the application's context is open; only its file number is read.
     let number = unsafe { (*context.app()).cmd_fd };
     put_aside(number).map_err(|error| format!("file descriptor {number}: {error}"))
+}
+
+/// Other numbers of the hardware's command file. The application's own is aside already, so there will be no more of them.
+fn duplicates(context: &Context) -> Vec<RawFd> {
+    let hardware = context.hardware();
+    if hardware.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: the hardware is there; only its file number is read.
+    let number = unsafe { hardware::command_fd(hardware) };
+    let found = fds::duplicates(number).and_then(|mut found| {
+        if !found.is_empty() {
+            // A device that the kernel does not know may have any file as its command file.
+            let is_verbs =
+                |known: &RdmaDescriptor| matches!(known.kind, DescriptorKind::Verbs { .. });
+            let mut verbs = rdma_descriptors(&Sysfs::host(), Whose::Own)?;
+            verbs.retain(is_verbs);
+            found.retain(|number| verbs.iter().any(|known| known.number == *number));
+        }
+        Ok(found)
+    });
+    found.unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot look for duplicates of a command file");
+        Vec::new()
+    })
 }
 
 /// A file that can be saved, that epoll accepts, and that never has anything to say.

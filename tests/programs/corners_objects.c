@@ -6,8 +6,11 @@
 #include "extended.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 static const struct wish connected = { .type = IBV_QPT_RC, .access = ALL_REMOTE, .state = IBV_QPS_RTS };
 
@@ -111,13 +114,26 @@ static void look(struct corner *corner, unsigned int cycles)
 static const union ibv_gid group = { .raw = { 0xff, 0x0e, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xe6, 1,
 					      2, 3 } };
 
+/* The command file under another number, as programs that share objects with others make one. */
+static bool is_command_file(const struct facts *facts, int number)
+{
+	struct stat one, other;
+
+	must(fstat(facts->context->cmd_fd, &one), "fstat");
+	must(fstat(number, &other), "fstat");
+	return S_ISCHR(other.st_mode) && one.st_rdev == other.st_rdev && one.st_ino == other.st_ino;
+}
+
 void objects_over_cycles(struct facts *facts, unsigned int cycles)
 {
 	struct corner extended = { .facts = facts, .name = "extended", .wish = connected };
 	struct corner datagrams = { .facts = facts, .name = "group",
 				    .wish = { .type = IBV_QPT_UD, .state = IBV_QPS_RTS } };
 	struct ibv_qp *qp;
+	int duplicate = dup(facts->context->cmd_fd), null = open("/dev/null", O_RDWR);
 
+	expect(facts, "another file is not the command file", is_command_file(facts, null), 0);
+	expect(facts, "its duplicate is", is_command_file(facts, duplicate), 1);
 	make_pair(facts, &datagrams.pair, datagrams.wish);
 	qp = datagrams.pair.a;
 	expect_error(facts, of(&datagrams, "attach"), ibv_attach_mcast(qp, &group, 0), 0);
@@ -126,6 +142,9 @@ void objects_over_cycles(struct facts *facts, unsigned int cycles)
 	exchange(&extended);
 	batches(&extended);
 	look(&extended, cycles);
+	expect(facts, "its duplicate still is", is_command_file(facts, duplicate), 1);
+	close(duplicate);
+	close(null);
 	batches(&extended);
 	drop_pair(&extended.pair);
 	/* The kernel says so of the hardware's queue pair. */
