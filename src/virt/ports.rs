@@ -122,6 +122,27 @@ pub(crate) fn mtu(context: &Context, port: u8) -> u32 {
     }
 }
 
+/// Where the GID of a device of this process leads. The job's tables do not have it if the device was not open at the last restart.
+pub(crate) fn own_gid(gid: VirtualGid) -> Option<HardwareGid> {
+    own_port(|port| {
+        let known = port.gids.iter().find(|(known, _)| *known == gid)?;
+        Some(known.1)
+    })
+}
+
+/// As [`own_gid`].
+pub(crate) fn own_lid(lid: VirtualLid) -> Option<HardwareLid> {
+    own_port(|port| (port.lid.0 == lid).then_some(port.lid.1))
+}
+
+fn own_port<T>(look: impl Fn(&PortNumbers) -> Option<T>) -> Option<T> {
+    let look_at = |context: Arc<Context>| {
+        let ports = lock(&context.ports);
+        ports.iter().find_map(|port| look(&port.numbers))
+    };
+    process().contexts().into_iter().find_map(look_at)
+}
+
 /// Old and new numbers of the ports of a context; before the first restart the hardware's own stand for both.
 pub(crate) fn numbers(context: &Context) -> Vec<PortNumbers> {
     let known: Vec<_> = lock(&context.ports)

@@ -14,6 +14,7 @@ use crate::handle::{VirtualGid, VirtualLid, VirtualQpn};
 use crate::translate::{Address, Directory};
 use crate::virt::address_handle::address_of;
 use crate::virt::context::Context;
+use crate::virt::ports;
 use crate::virt::process::{lock, process};
 
 /// The address vector that reaches today what this one reached when the application made it. `None` if no process of the
@@ -30,12 +31,13 @@ pub(crate) fn translate_address(
         translated.grh.dgid.raw = if is_multicast(&gid) {
             gid.0
         } else {
-            directory.gid(gid)?.0
+            directory.gid(gid).or_else(|| ports::own_gid(gid))?.0
         };
         translated.grh.sgid_index = context.hardware_gid_index(attr.port_num, attr.grh.sgid_index);
     }
     if attr.dlid != 0 && attr.dlid < MULTICAST_LID {
-        translated.dlid = match directory.lid(VirtualLid(attr.dlid)) {
+        let lid = VirtualLid(attr.dlid);
+        translated.dlid = match directory.lid(lid).or_else(|| ports::own_lid(lid)) {
             Some(lid) => lid.0,
             // RoCE has no LIDs; UCX puts a hash of the address there.
             None if attr.is_global != 0 => attr.dlid,

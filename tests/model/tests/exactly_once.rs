@@ -353,6 +353,32 @@ fn whatever_happens() {
     every_request_once();
     every_event_that_is_owed();
     an_event_when_a_checkpoint_is_given_up();
+    a_device_that_nobody_had_open_at_a_restart();
+}
+
+/// No device is open at the restart, so the job's tables have no address. One that is opened later is where it is.
+fn a_device_that_nobody_had_open_at_a_restart() {
+    let folder = runtime_dir();
+    for transport in [Transport::Reliable, Transport::Datagram] {
+        let plan = Plan {
+            transport,
+            shared: false,
+            signal_all: true,
+            extended: false,
+            stages: [3, 3],
+        };
+        apart(|| {
+            fabric().begin(0, false);
+            drop(Program::new(1 << 41, &[plan], verbs()));
+            assert!(cycle(&folder, false, vec![], |_| {}).replaced);
+            let between_posts = Round {
+                before: vec![],
+                between: vec![],
+                deaths: vec![],
+            };
+            play(&folder, 0, false, None, &[plan], &[between_posts]);
+        });
+    }
 }
 
 /// A completion is there, and cannot be polled because the gates are closed; the program asks for an event, finds nothing, and would
