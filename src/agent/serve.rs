@@ -218,9 +218,12 @@ impl State {
     }
 
     fn note(&mut self, notes: Vec<String>) {
-        for note in &notes {
+        for note in notes {
             tracing::warn!(note);
+            // What is so after each of many cycles is said once.
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
         }
-        self.notes.extend(notes);
     }
 }
