@@ -3,6 +3,7 @@
 //! It hands on the hardware's events and answers the orchestrator. Started at the first open, it sleeps in `poll` until one
 //! of the two has something; it owns all that happens during a checkpoint.
 
+mod chaos;
 mod connections;
 mod events;
 mod serve;
@@ -14,6 +15,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
+use self::chaos::Chaos;
 use self::connections::Connections;
 use self::serve::State;
 use crate::control::socket;
@@ -107,6 +109,7 @@ fn start_thread() -> std::io::Result<Handle> {
                     connections: Connections::new(listener),
                     woken,
                     state: State::default(),
+                    chaos: Chaos::from_environment(),
                 }
                 .run();
             })
@@ -133,6 +136,7 @@ struct Agent {
     connections: Connections,
     woken: File,
     state: State,
+    chaos: Option<Chaos>,
 }
 
 impl Agent {
@@ -142,7 +146,11 @@ impl Agent {
             waiting.extend(self.connections.files());
             let events_from = waiting.len();
             waiting.extend(events::files());
-            let Some(ready) = wait_for(&waiting, self.connections.next_limit()) else {
+            let limits = [
+                self.connections.next_limit(),
+                self.chaos.as_ref().map(Chaos::next),
+            ];
+            let Some(ready) = wait_for(&waiting, limits.into_iter().flatten().min()) else {
                 continue;
             };
             if ready[0] {
@@ -163,6 +171,9 @@ impl Agent {
                     agent.files = self.connections.open_files();
                     agent.files.push(self.woken.as_raw_fd());
                 }
+            }
+            if let Some(chaos) = &mut self.chaos {
+                chaos.turn(&mut self.state);
             }
         }
     }

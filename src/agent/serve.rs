@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::checkpoint::{self, Let, Outside, Stopped};
-use crate::control::message::{PROTOCOL_VERSION, Phase, Reply, Request, ResponderState, Session};
+use crate::control::message::{
+    ChaosStatus, PROTOCOL_VERSION, Phase, Reply, Request, ResponderState, Session,
+};
 use crate::virt::process::process;
 
 /// The agent answers nobody else meanwhile, so whoever asks cannot make it wait for longer.
@@ -24,6 +26,7 @@ pub(super) struct State {
     responders: Vec<ResponderState>,
     left: Let,
     notes: Vec<String>,
+    chaos: Option<ChaosStatus>,
 }
 
 impl Default for State {
@@ -36,6 +39,7 @@ impl Default for State {
             responders: Vec::new(),
             left: Let::default(),
             notes: Vec::new(),
+            chaos: None,
         }
     }
 }
@@ -43,6 +47,15 @@ impl Default for State {
 impl State {
     pub(super) fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// An orchestrator has claimed the process.
+    pub(super) fn has_session(&self) -> bool {
+        self.session.is_some()
+    }
+
+    pub(super) fn show_chaos(&mut self, status: &ChaosStatus) {
+        self.chaos = Some(status.clone());
     }
 
     /// Carries out a request.
@@ -200,9 +213,9 @@ impl State {
     fn status(&self) -> Reply {
         // Only this thread closes the gate, so while Running it can be entered without waiting.
         let _inside = (self.phase == Phase::Running).then(|| process().gate.enter());
-        Reply::Status {
-            status: checkpoint::status(self.phase, self.session.clone(), &self.notes),
-        }
+        let mut status = checkpoint::status(self.phase, self.session.clone(), &self.notes);
+        status.chaos.clone_from(&self.chaos);
+        Reply::Status { status }
     }
 
     fn require(&self, allowed: &[Phase]) -> Result<(), String> {

@@ -15,7 +15,7 @@ mod status;
 pub(crate) use close::{close, reopen, resume};
 pub(crate) use drain::{Stopped, drain, responders, settle, stop};
 pub(crate) use examine::{examine, numbers_bytes};
-pub(crate) use peers::{Outside, peers};
+pub(crate) use peers::{Outside, peers, require_datagrams_inside};
 pub(crate) use rebuild::{connect, numbers, rebuild};
 pub(crate) use release::{Let, release};
 pub(crate) use status::status;

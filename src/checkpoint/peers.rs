@@ -7,6 +7,7 @@ use super::drain::{each_pair, fail};
 use crate::control::message::{
     ContextPeers, HardwarePort, HardwareQueuePair, PortNumbers, QueuePairPeer,
 };
+use crate::translate::Address;
 use crate::virt::context::Context;
 use crate::virt::ports;
 use crate::virt::process::process;
@@ -41,6 +42,32 @@ pub(crate) fn peers() -> Phase<Vec<ContextPeers>> {
         Ok(())
     })?;
     Ok(contexts.into_iter().map(|(_, peers)| peers).collect())
+}
+
+/// Every address handle leads to a port of this process, or to a group. The gate is closed.
+pub(crate) fn require_datagrams_inside() -> Phase<()> {
+    let contexts = process().contexts();
+    let own: HashSet<Address> = contexts
+        .iter()
+        .flat_map(|context| ports::numbers(context))
+        .flat_map(|port| {
+            let gids = port.gids.into_iter().map(|(gid, _)| Address::Gid(gid));
+            gids.chain([Address::Lid(port.lid.0)])
+        })
+        .collect();
+    for context in &contexts {
+        for (_, handle) in &context.objects().address_handles {
+            // SAFETY: the gate is closed, so nothing is destroyed.
+            let destination = unsafe { handle.get() }.destination();
+            if destination.is_some_and(|address| !own.contains(&address)) {
+                return Err(format!(
+                    "an address handle of {} leads to another address",
+                    context.name()
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn described(context: &Context) -> ContextPeers {

@@ -27,6 +27,7 @@ pub(crate) fn status(phase: Phase, session: Option<Session>, notes: &[String]) -
             .map(|context| context_status(&context))
             .collect(),
         notes: notes.to_vec(),
+        chaos: None,
     }
 }
 

@@ -107,6 +107,16 @@ pub(crate) fn describe(process: &ProcessStatus) -> String {
     for context in &process.contexts {
         describe_context(&mut text, context);
     }
+    if let Some(chaos) = &process.chaos {
+        let (cycles, skipped) = (chaos.cycles, chaos.skipped);
+        let _ = write!(text, "  chaos: {cycles} cycles, {skipped} skipped");
+        let last = chaos.last_skip.as_ref();
+        let _ = writeln!(
+            text,
+            "{}",
+            last.map_or_else(String::new, |why| format!(", the last: {why}"))
+        );
+    }
     for note in &process.notes {
         let _ = writeln!(text, "  note: {note}");
     }

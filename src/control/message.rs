@@ -312,6 +312,19 @@ pub struct ProcessStatus {
     pub contexts: Vec<ContextStatus>,
     /// Kept for the log: requests flushed because their fate was unknown, queue pairs parked, regions lost.
     pub notes: Vec<String>,
+    /// Of a process that replaces its hardware by itself (`REVERBS_CHAOS`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chaos: Option<ChaosStatus>,
+}
+
+/// How often a process has replaced its hardware by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChaosStatus {
+    pub cycles: u64,
+    /// Times at which something stood in the way.
+    pub skipped: u64,
+    /// What it was, the last time.
+    pub last_skip: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -126,6 +126,11 @@ impl AddressHandle {
             .unwrap_or(qpn)
     }
 
+    /// Where it leads, in the application's terms; `None` for a group.
+    pub(crate) fn destination(&self) -> Option<Address> {
+        super::queue_pair::leads_to_a_port(&self.attr).then(|| address_of(&self.attr))
+    }
+
     pub(crate) fn release(&self) {
         let hardware = self.hardware.swap(std::ptr::null_mut(), Ordering::AcqRel);
         if !hardware.is_null() {

@@ -10,6 +10,8 @@ use crate::setup::{Deadline, Mode, Setup};
 use crate::{
     abandoned, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults, killed,
     killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals, smaller,
+    abandoned, chaos, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults,
+    killed, killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals,
     stale, stock, stopped, strangers, suite, wrapped,
 };
 
@@ -67,6 +69,8 @@ pub enum Action {
     Pair(&'static stock::Pair),
     /// rdma-core's own tests.
     Suite,
+    /// The same, on hardware that is replaced all the time.
+    SuiteUnderChaos,
     /// `verbs_facts`.
     Facts,
     /// One of our own programs.
@@ -167,6 +171,7 @@ impl Case {
         match &self.action {
             Action::Pair(pair) => stock::run(pair, job).map(|()| String::new()),
             Action::Suite => suite::run(job),
+            Action::SuiteUnderChaos => chaos::run_suite(job),
             Action::Facts => facts::run(job),
             Action::Own(own) => own_programs::run(own, job),
             Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
@@ -202,6 +207,7 @@ impl Case {
 pub fn all() -> Vec<Case> {
     let mut cases = stock::cases();
     cases.extend(suite::cases());
+    cases.extend(chaos::cases());
     cases.extend(own_programs::cases());
     cases.extend(faults::cases());
     cases.extend(cycles::cases());

@@ -104,6 +104,7 @@ pub fn run() -> Result<bool> {
             .unwrap_or_else(|| fastrand::u64(1..1_000_000)),
         counting: arguments.counting,
         wrapper: None,
+        chaos: None,
     };
     let prepared: Vec<_> = cases.iter().map(|case| case.prepared(&setup)).collect();
     report::run_all(&prepared, &setup.output, &mut out)

@@ -6,6 +6,7 @@
 
 pub mod abandoned;
 pub mod case;
+pub mod chaos;
 pub mod checkpoints;
 pub mod command_line;
 pub mod corners;

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::chaos;
+
 /// Whether programs run on the device itself or through the provider.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Mode {
@@ -37,6 +39,8 @@ pub struct Setup {
     pub counting: bool,
     /// What a wrapper around the device below the provider is to do, in the words of `tests/wrappers`.
     pub wrapper: Option<String>,
+    /// Processes replace their own hardware all the time, and keep their logs in this folder (`crate::chaos`).
+    pub chaos: Option<PathBuf>,
 }
 
 impl Setup {
@@ -50,6 +54,11 @@ impl Setup {
         if let Some(plan) = &self.wrapper {
             command.env("REVERBS_LIBIBVERBS", self.programs.join(WRAPPER));
             command.env("REVERBS_WRAPPER", plan);
+        }
+        if let Some(folder) = &self.chaos
+            && self.mode != Mode::Bare
+        {
+            chaos::ask_for(&mut command, folder);
         }
         command
     }

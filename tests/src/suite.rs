@@ -24,7 +24,11 @@ const PYTHON: &str = "/usr/bin/python3";
 
 const RUNNER: &str = include_str!("../suites/outcomes.py");
 
-const PASSES: &str = include_str!("../suites/rdma-core-44.txt");
+/// The tests that pass on the bare device.
+pub const PASSES: &str = include_str!("../suites/rdma-core-44.txt");
+
+/// In the folder of the case: what [`RUNNER`] writes.
+pub const NOTES: &str = "outcomes";
 
 /// Tests that do not pass on the bare device, and why.
 const FAILS: &[(&str, &str)] = &[(
@@ -33,7 +37,7 @@ const FAILS: &[(&str, &str)] = &[(
 )];
 
 /// The time limit of the whole suite; it takes a sixth of it under emulation.
-const LIMIT: Duration = Duration::from_secs(900);
+pub const LIMIT: Duration = Duration::from_secs(900);
 
 /// A test that takes longer hangs. The slowest takes a fifth of it.
 const TEST_LIMIT: Duration = Duration::from_secs(60);
@@ -59,7 +63,7 @@ pub fn run(job: &Job<'_>) -> Result<String> {
     let tests = unpack(job)?;
     let runner = job.folder.join("outcomes.py");
     fs::write(&runner, RUNNER)?;
-    let notes = job.folder.join("outcomes");
+    let notes = job.folder.join(NOTES);
     let mut ends = 0;
     while ends < MOST_ENDS && !go_on(job, &tests, &runner, &notes)? {
         ends += 1;
@@ -145,7 +149,7 @@ impl Outcomes {
             let outcome = words.next().unwrap_or_default();
             let test = words.next().with_context(|| format!("a note {line:?}"))?;
             let why = words.next().unwrap_or_default().trim();
-            if !["start", "end"].contains(&outcome) {
+            if !["start", "end", "chaos"].contains(&outcome) {
                 outcomes.insert(test.to_owned(), (outcome.to_owned(), why.to_owned()));
             }
         }

@@ -2,6 +2,9 @@
 
 Usage: outcomes.py TESTS NOTES [options of run_tests.py]. A test that the file has already is left out, so that whoever starts
 this again goes on behind one that hung.
+
+Under REVERBS_CHAOS there is another line when a test ends: how often the hardware was replaced meanwhile, and how often it could not
+be, as the log of this process says.
 """
 
 import os
@@ -28,10 +31,27 @@ def note(outcome, test, reason=""):
     print(outcome, test.id(), first[0], file=notes)
 
 
+def chaos():
+    try:
+        with open(f"{os.environ['REVERBS_RUNTIME_DIR']}/{os.getpid()}.log") as log:
+            text = log.read()
+    except FileNotFoundError:
+        return 0, 0
+    return text.count("hardware replaced"), text.count("hardware not replaced")
+
+
 class Outcomes(unittest.TextTestResult):
     def startTest(self, test):
         super().startTest(test)
         note("start", test)
+        if "REVERBS_CHAOS" in os.environ:
+            self.before = chaos()
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        if "REVERBS_CHAOS" in os.environ:
+            done, skipped = (now - before for now, before in zip(chaos(), self.before))
+            note("chaos", test, f"{done} {skipped}")
 
     def addSuccess(self, test):
         super().addSuccess(test)

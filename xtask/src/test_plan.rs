@@ -39,6 +39,13 @@ pub const RUNS: &[Run] = &[
         timeout: 1500,
         ..RUN
     },
+    // Processes that replace their own hardware all the time.
+    Run {
+        name: "chaos",
+        cases: &["=python-suite-chaos"],
+        timeout: 900,
+        ..RUN
+    },
     // Fresh hardware under a running job, a few times; checkpoints that fail or meet another.
     Run {
         name: "cycles",

@@ -50,6 +50,16 @@ pub(crate) fn translate_address(
 /// Multicast LIDs start here (IBTA 4.1.3).
 const MULTICAST_LID: u16 = 0xc000;
 
+/// And not to a multicast group.
+pub(crate) fn leads_to_a_port(attr: &ibv_ah_attr) -> bool {
+    // SAFETY: both views of a GID are plain bytes.
+    let gid = VirtualGid(unsafe { attr.grh.dgid.raw });
+    match attr.is_global {
+        0 => attr.dlid < MULTICAST_LID,
+        _ => !is_multicast(&gid),
+    }
+}
+
 fn is_multicast(gid: &VirtualGid) -> bool {
     gid.0[0] == 0xff
 }

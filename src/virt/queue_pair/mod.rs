@@ -14,7 +14,7 @@ mod post_general;
 mod send_queue;
 mod settle;
 
-pub(crate) use address::translate_address;
+pub(crate) use address::{leads_to_a_port, translate_address};
 pub(super) use attributes::{RC_TO_INIT, RC_TO_RTR, RC_TO_RTS};
 pub(crate) use datagram::rewrite_datagram;
 pub use multicast::{attach, detach};
