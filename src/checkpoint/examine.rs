@@ -30,20 +30,17 @@ pub(crate) fn examine() -> Vec<Obstacle> {
     };
     match settled_descriptors(is_fine) {
         Err(error) => say(format!("cannot look at the file descriptors: {error}")),
-        Ok(descriptors) => {
-            let mut has_connection_manager = false;
-            for descriptor in descriptors {
-                match &descriptor.kind {
-                    DescriptorKind::ConnectionManager => has_connection_manager = true,
-                    // Event files are ours, or completion channels nobody has used, which are taken over.
-                    DescriptorKind::Events => {}
-                    DescriptorKind::Verbs { .. } if is_ours(descriptor.number) => {}
-                    _ => say(format!(
-                        "file descriptor {} is open on {} past reverbs; close it, or start the program under `reverbs run`",
-                        descriptor.number, descriptor.target
-                    )),
-                }
+        // What was ours when it was looked at may have been closed since, so nothing is asked again.
+        Ok((known, unknown)) => {
+            for descriptor in unknown {
+                say(format!(
+                    "file descriptor {} is open on {} past reverbs; close it, or start the program under `reverbs run`",
+                    descriptor.number, descriptor.target
+                ));
             }
+            let has_connection_manager = known
+                .iter()
+                .any(|descriptor| matches!(descriptor.kind, DescriptorKind::ConnectionManager));
             if has_connection_manager {
                 examine_connections(&mut say);
             }
@@ -117,12 +114,12 @@ pub(super) fn memory_windows() -> Vec<String> {
     windows
 }
 
-/// The RDMA descriptors of this process. For a moment within `ibv_open_device` and `ibv_close_device` libibverbs has one that we
+/// The RDMA descriptors of this process: those that are fine, and the others. For a moment within `ibv_open_device` and `ibv_close_device` libibverbs has one that we
 /// do not know (yet, or any more): such are looked at again before they are believed. While we open or close a device ourselves nothing
 /// is believed: after a restart opening takes long, as the kernel's files of all addresses are read.
 pub(super) fn settled_descriptors(
     is_fine: impl Fn(&RdmaDescriptor) -> bool,
-) -> Result<Vec<RdmaDescriptor>, FdError> {
+) -> Result<(Vec<RdmaDescriptor>, Vec<RdmaDescriptor>), FdError> {
     const LOOKS: u32 = 20;
     const PAUSE: Duration = Duration::from_millis(50);
     const LIMIT: Duration = Duration::from_secs(10);
@@ -132,11 +129,13 @@ pub(super) fn settled_descriptors(
         let before = process().is_unsettled();
         let found = rdma_descriptors(&Sysfs::host(), Whose::Own)?;
         let is_settled = !before && !process().is_unsettled();
-        if is_settled || began.elapsed() > LIMIT {
-            looks += 1;
-        }
-        if looks > LOOKS || found.iter().all(&is_fine) {
-            return Ok(found);
+        looks = match is_settled || began.elapsed() > LIMIT {
+            true => looks + 1,
+            false => 0,
+        };
+        let (known, unknown): (Vec<_>, Vec<_>) = found.into_iter().partition(&is_fine);
+        if looks > LOOKS || unknown.is_empty() {
+            return Ok((known, unknown));
         }
         std::thread::sleep(PAUSE);
     }

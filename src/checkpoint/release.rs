@@ -51,14 +51,14 @@ pub(crate) fn release(left: &mut Let) -> Phase<()> {
         }
         close_device(context)?;
     }
-    let descriptors = settled_descriptors(|descriptor| {
+    let (known, unknown) = settled_descriptors(|descriptor| {
         matches!(
             descriptor.kind,
             DescriptorKind::ConnectionManager | DescriptorKind::Events
         )
     })
     .map_err(|error| error.to_string())?;
-    for descriptor in descriptors {
+    for descriptor in known.into_iter().chain(unknown) {
         match descriptor.kind {
             DescriptorKind::ConnectionManager => {
                 substitute(descriptor.number, silent_file()?).map_err(|error| error.to_string())?;
