@@ -1,9 +1,11 @@
 //! What stands in the way, before anything is touched.
 
-use std::os::fd::RawFd;
+use std::collections::BTreeSet;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kmod_compat::connections;
 use kmod_compat::devices::{self, NodeType};
 use kmod_compat::fds::{
     self, DescriptorKind, FdError, Process as Whose, RdmaDescriptor, rdma_descriptors,
@@ -38,12 +40,12 @@ pub(crate) fn examine() -> Vec<Obstacle> {
                     descriptor.number, descriptor.target
                 ));
             }
-            let has_connection_manager = known
+            let connection_managers: Vec<_> = known
                 .iter()
-                .any(|descriptor| matches!(descriptor.kind, DescriptorKind::ConnectionManager));
-            if has_connection_manager {
-                examine_connections(&mut say);
-            }
+                .filter(|descriptor| matches!(descriptor.kind, DescriptorKind::ConnectionManager))
+                .map(|descriptor| descriptor.number)
+                .collect();
+            examine_connections(&connection_managers, &mut say);
         }
     }
     // iWARP needs its connection manager to connect, so its queue pairs cannot be connected again.
@@ -163,25 +165,44 @@ fn our_descriptors() -> Vec<RawFd> {
     files.collect()
 }
 
-fn examine_connections(say: &mut impl FnMut(String)) {
-    let ids = Connection::open()
+/// Ids of the connection manager on these descriptors. The files are asked; the kernel's lists say more of those they have, and
+/// stand in for a file that does not answer.
+fn examine_connections(descriptors: &[RawFd], say: &mut impl FnMut(String)) {
+    let mut silent = false;
+    let mut numbers = BTreeSet::new();
+    for descriptor in descriptors {
+        // SAFETY: it was just found open; an application that closes it meanwhile has the kernel answer with an error.
+        match connections::ids(unsafe { BorrowedFd::borrow_raw(*descriptor) }) {
+            Ok(ids) => numbers.extend(ids),
+            Err(_) => silent = true,
+        }
+    }
+    if numbers.is_empty() && !silent {
+        return;
+    }
+    let listed = Connection::open()
         .map_err(|error| error.to_string())
         .and_then(|mut kernel| {
             live_connection_ids(&mut kernel, &Sysfs::host(), std::process::id())
                 .map_err(|error| error.to_string())
         });
-    match ids {
-        Ok(ids) => {
-            for id in ids {
-                let number = id
-                    .number
-                    .map_or_else(|| "?".into(), |number| number.to_string());
-                say(format!(
-                    "rdma_cm id {number} on {} is in use; connections made by rdma_cm are not supported",
-                    id.device
-                ));
-            }
-        }
-        Err(error) => say(format!("cannot see whether rdma_cm is idle: {error}")),
+    let listed = match listed {
+        Ok(ids) => ids,
+        Err(error) => return say(format!("cannot see whether rdma_cm is idle: {error}")),
+    };
+    for id in &listed {
+        say(format!(
+            "rdma_cm: {id} is in use and cannot be made again: end it before a checkpoint"
+        ));
+    }
+    // A listener on all addresses is one id, and in the lists one on each device.
+    if listed.is_empty() && !numbers.is_empty() {
+        let ids = match numbers.len() {
+            1 => "1 id that is".into(),
+            count => format!("{count} ids that are"),
+        };
+        say(format!(
+            "rdma_cm: {ids} bound to no device, and would be lost: destroy before a checkpoint"
+        ));
     }
 }
