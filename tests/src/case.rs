@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::mpi::Library;
 use crate::report::{Place, Test};
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
@@ -13,6 +14,9 @@ use crate::{
     abandoned, chaos, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults,
     killed, killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals,
     stale, stock, stopped, strangers, suite, wrapped,
+    abandoned, checkpoints, clients, connections, corners, costs, cycles, dead, drain, facts,
+    failures, faults, killed, killed_criu, killed_restart, leaks, matrix, moments, outside,
+    own_programs, rivals, stale, stock, stopped, strangers, suite, wrapped,
 };
 
 /// In which modes a case makes sense.
@@ -67,6 +71,10 @@ pub struct Case {
 pub enum Action {
     /// A stock server and client.
     Pair(&'static stock::Pair),
+    /// A stock server and client of a layer above verbs.
+    Client(&'static clients::Client),
+    /// Connections made by `rdma_cm`.
+    Connections(connections::Connections),
     /// rdma-core's own tests.
     Suite,
     /// The same, on hardware that is replaced all the time.
@@ -77,6 +85,7 @@ pub enum Action {
     Own(&'static own_programs::Own),
     /// `mpi_check` with this many ranks and rounds.
     Mpi {
+        library: Library,
         ranks: u32,
         rounds: u32,
     },
@@ -170,11 +179,17 @@ impl Case {
     pub fn run(&self, job: &Job<'_>) -> Result<String> {
         match &self.action {
             Action::Pair(pair) => stock::run(pair, job).map(|()| String::new()),
+            Action::Client(client) => clients::run(client, job).map(|()| String::new()),
+            Action::Connections(connections) => connections::run(*connections, job),
             Action::Suite => suite::run(job),
             Action::SuiteUnderChaos => chaos::run_suite(job),
             Action::Facts => facts::run(job),
             Action::Own(own) => own_programs::run(own, job),
-            Action::Mpi { ranks, rounds } => own_programs::run_mpi(*ranks, *rounds, job),
+            Action::Mpi {
+                library,
+                ranks,
+                rounds,
+            } => own_programs::run_mpi(*library, *ranks, *rounds, job),
             Action::Fault(fault) => faults::run(fault, job),
             Action::Cycled(cycled) => cycles::run(cycled, job),
             Action::Matrix(row) => matrix::run(row, job),
@@ -206,6 +221,7 @@ impl Case {
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
     let mut cases = stock::cases();
+    cases.extend(clients::cases());
     cases.extend(suite::cases());
     cases.extend(chaos::cases());
     cases.extend(own_programs::cases());
@@ -230,6 +246,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(failures::cases());
     cases.extend(smaller::cases());
     cases.extend(outside::cases());
+    cases.extend(connections::cases());
     cases.extend(wrapped::cases());
     cases
 }

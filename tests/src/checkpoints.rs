@@ -12,8 +12,9 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::case::{Action, Case, Job, Needs};
+use crate::clients::{IPV4, IPV6};
 use crate::hardware::Numbers;
-use crate::jobs::{COMMAND_LIMIT, Kind, Started, wait_for_traffic};
+use crate::jobs::{COMMAND_LIMIT, Kind, Perftest, Started, wait_for_traffic};
 use crate::process::{self, Running};
 
 /// The time limit of each of these cases.
@@ -73,6 +74,36 @@ const SAVED: &[Saved] = &[
     Saved {
         name: "restart-mpi-np2-other-device",
         kind: Kind::Mpi { ranks: 2 },
+        how: How::OtherDevice,
+    },
+    Saved {
+        name: "restart-ucx-rc-other-device",
+        kind: Kind::Perftest(&Perftest {
+            transport: "rc_verbs",
+            test: "am_lat",
+            messages: "5000",
+            variables: IPV4,
+        }),
+        how: How::OtherDevice,
+    },
+    Saved {
+        name: "restart-ucx-ud-other-device",
+        kind: Kind::Perftest(&Perftest {
+            transport: "ud_verbs",
+            test: "am_lat",
+            messages: "2000",
+            variables: IPV4,
+        }),
+        how: How::OtherDevice,
+    },
+    Saved {
+        name: "restart-ucx-ud-checked-other-device",
+        kind: Kind::Perftest(&Perftest {
+            transport: "ud_verbs",
+            test: "am_lat",
+            messages: "2000",
+            variables: IPV6,
+        }),
         how: How::OtherDevice,
     },
     Saved {

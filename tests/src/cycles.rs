@@ -12,7 +12,10 @@ use anyhow::{Context as _, Result};
 use rustix::process::Signal;
 
 use crate::case::{Action, Case, Job, Needs};
+use crate::clients::{IPV4, IPV6};
 use crate::hardware::{Numbers, packets_sent};
+use crate::jobs::{Kind, Perftest, Started};
+use crate::mpi::Library;
 use crate::process::{self, Running};
 use crate::setup::Deadline;
 use crate::{evidence, mpi, own_programs};
@@ -25,6 +28,10 @@ const CYCLE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a job may take to end once it is told to.
 const END_LIMIT: Duration = Duration::from_secs(120);
+
+/// `ucx_perftest` does a fixed number of messages: so many cycles, and pauses in between, are over before it is.
+const PERFTEST_CYCLES: u32 = 5;
+const PERFTEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// A job to cycle under.
 #[derive(Debug)]
@@ -46,8 +53,10 @@ pub enum CycledJob {
     /// `rc_traffic`, whose second process opens its device after the first has had its hardware
     /// replaced: it is told numbers that the hardware does not know any more.
     Late,
+    /// `ucx_perftest`, which ends by itself, under a few cycles.
+    Perftest(&'static Perftest),
     /// `mpi_check`; a file makes it finish.
-    Mpi { ranks: u32 },
+    Mpi { library: Library, ranks: u32 },
 }
 
 const CYCLED: &[Cycled] = &[
@@ -90,12 +99,56 @@ const CYCLED: &[Cycled] = &[
     },
     Cycled {
         name: "cycle-mpi-np2",
-        job: CycledJob::Mpi { ranks: 2 },
+        job: CycledJob::Mpi {
+            library: Library::OpenMpi,
+            ranks: 2,
+        },
         share: 8,
     },
     Cycled {
         name: "cycle-mpi",
-        job: CycledJob::Mpi { ranks: 4 },
+        job: CycledJob::Mpi {
+            library: Library::OpenMpi,
+            ranks: 4,
+        },
+        share: 1,
+    },
+    Cycled {
+        name: "cycle-mpich-np2",
+        job: CycledJob::Mpi {
+            library: Library::Mpich,
+            ranks: 2,
+        },
+        share: 2,
+    },
+    Cycled {
+        name: "cycle-ucx-rc",
+        job: CycledJob::Perftest(&Perftest {
+            transport: "rc_verbs",
+            test: "am_lat",
+            messages: "5000",
+            variables: IPV4,
+        }),
+        share: 1,
+    },
+    Cycled {
+        name: "cycle-ucx-rc-put",
+        job: CycledJob::Perftest(&Perftest {
+            transport: "rc_verbs",
+            test: "put_bw",
+            messages: "30000",
+            variables: IPV4,
+        }),
+        share: 1,
+    },
+    Cycled {
+        name: "cycle-ucx-ud",
+        job: CycledJob::Perftest(&Perftest {
+            transport: "ud_verbs",
+            test: "am_lat",
+            messages: "2000",
+            variables: IPV6,
+        }),
         share: 1,
     },
 ];
@@ -130,7 +183,8 @@ pub fn run(cycled: &Cycled, job: &Job<'_>) -> Result<String> {
             outcome
         }
         CycledJob::Late => cycle_late(job, cycles),
-        CycledJob::Mpi { ranks } => cycle_mpi(job, *ranks, cycles),
+        CycledJob::Perftest(test) => cycle_perftest(job, test, cycles.min(PERFTEST_CYCLES)),
+        CycledJob::Mpi { library, ranks } => cycle_mpi(job, *library, *ranks, cycles),
     }
 }
 
@@ -155,9 +209,22 @@ fn cycle_late(job: &Job<'_>, cycles: u32) -> Result<String> {
     cycle_own(&mut running, job, cycles)
 }
 
-fn cycle_mpi(job: &Job<'_>, ranks: u32, cycles: u32) -> Result<String> {
+fn cycle_perftest(job: &Job<'_>, test: &'static Perftest, cycles: u32) -> Result<String> {
+    let mut started = Started::start(job, Kind::Perftest(test))?;
+    for number in 1..=cycles {
+        std::thread::sleep(PERFTEST_PAUSE);
+        started
+            .cycle()
+            .and_then(|()| started.wait_for_packet())
+            .with_context(|| format!("cycle {number} of {cycles}"))?;
+    }
+    let done = started.finish()?;
+    Ok(format!("{cycles} cycles, {done}"))
+}
+
+fn cycle_mpi(job: &Job<'_>, library: Library, ranks: u32, cycles: u32) -> Result<String> {
     let until = Until::new(&job.folder);
-    let mut mpirun = mpi::start_check(job, ranks, &["--until", &until.path()])?;
+    let mut mpirun = mpi::start_check(job, library, ranks, &["--until", &until.path()])?;
     let times = cycle(&mut mpirun, job, cycles, Objects::ComeAndGo, steady(job))?;
     until.now()?;
     let rounds = mpi::finish_check(&mut mpirun, ranks, job.deadline.at_most(END_LIMIT))?;

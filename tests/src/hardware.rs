@@ -114,6 +114,32 @@ pub fn contexts(device: &str) -> Result<u64> {
         .with_context(|| format!("rdma does not say how often {device} is open"))
 }
 
+/// The states of all connections on a device that are made by `rdma_cm`.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn connection_states(device: &str) -> Result<Vec<String>> {
+    let connections = list("cm_id")?;
+    let there = connections.iter().filter(|id| id["ifname"] == device);
+    Ok(there
+        .filter_map(|id| id["state"].as_str().map(str::to_owned))
+        .collect())
+}
+
+/// The kernel's numbers of all open contexts of a device.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn context_numbers(device: &str) -> Result<BTreeSet<u64>> {
+    let contexts = list("ctx")?;
+    let there = contexts
+        .iter()
+        .filter(|context| context["ifname"] == device);
+    Ok(there
+        .filter_map(|context| context["ctxn"].as_u64())
+        .collect())
+}
+
 /// The objects of a kind; how many there are of each for "".
 fn list(kind: &str) -> Result<Vec<Value>> {
     let output = Command::new("rdma")

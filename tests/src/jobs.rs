@@ -10,9 +10,10 @@ use rustix::process::Signal;
 
 use crate::case::Job;
 use crate::hardware::{Numbers, packets_sent};
+use crate::mpi::Library;
 use crate::process::{self, Running};
 use crate::setup::{Deadline, Setup};
-use crate::{evidence, mpi, own_programs, tree};
+use crate::{clients, evidence, mpi, own_programs, tree};
 
 /// The time limit of a single command. Under emulation CRIU takes seconds.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(180);
@@ -44,7 +45,30 @@ pub enum Kind {
     Starting { ranks: u32 },
     /// `mpi_check` that stays inside of `MPI_Finalize` for a while.
     Finalizing { ranks: u32, milliseconds: u32 },
+    /// `ucx_perftest`, server and client; it ends after so many messages.
+    Perftest(&'static Perftest),
 }
+
+/// A test of `ucx_perftest`.
+#[derive(Debug)]
+pub struct Perftest {
+    pub transport: &'static str,
+    pub test: &'static str,
+    /// Some seconds' worth.
+    pub messages: &'static str,
+    pub variables: &'static [(&'static str, &'static str)],
+}
+
+/// Both sides of `ucx_perftest`, of which the second is started when the first listens. Arguments: the port, the same in
+/// hexadecimal, the options.
+const PERFTEST: &str = r#"
+port=$1 listening=":$2 00000000:0000 0A"
+shift 2
+ucx_perftest -p $port &
+until grep -q "$listening" /proc/net/tcp; do sleep 0.1; done
+echo ready
+ucx_perftest -p $port "$@" 127.0.0.1 && wait $!
+"#;
 
 impl Kind {
     /// `rc_traffic`, as most jobs are.
@@ -55,7 +79,7 @@ impl Kind {
 
     fn command(self, job: &Job<'_>) -> Result<Command> {
         let mpi = |ranks| {
-            let mut command = mpi::mpirun(job.setup, ranks, "mpi_check")?;
+            let mut command = mpi::mpirun(job.setup, Library::OpenMpi, ranks)?;
             command.arg("--until").arg(until(&job.folder));
             Ok(command)
         };
@@ -89,6 +113,18 @@ impl Kind {
             } => {
                 let mut command = mpi(ranks)?;
                 command.args(["--linger", &milliseconds.to_string()]);
+                Ok(command)
+            }
+            Self::Perftest(test) => {
+                let device = format!("{}:1", job.setup.device);
+                let mut command = job.setup.command("sh");
+                command
+                    .args(["-c", PERFTEST, "sh"])
+                    .args([job.port.to_string(), format!("{:04X}", job.port)])
+                    .args(["-n", test.messages, "-w", "0", "-t", test.test])
+                    .args(["-x", test.transport, "-d", &device])
+                    .env("UCX_NET_DEVICES", device)
+                    .envs(test.variables.iter().copied());
                 Ok(command)
             }
         }
@@ -145,6 +181,10 @@ impl<'a> Started<'a> {
     /// When they do not, or do not drive the device through the provider.
     pub fn wait_until_ready(&mut self) -> Result<()> {
         self.wait_for_line("ready")?;
+        if let Kind::Perftest(_) = self.kind {
+            // That says only that one of both is there.
+            self.wait_for_traffic()?;
+        }
         for pid in self.workers()? {
             evidence::check_mode(pid, &self.job.setup.mode)?;
         }
@@ -180,6 +220,7 @@ impl<'a> Started<'a> {
             Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
                 ("mpi_check", ranks as usize)
             }
+            Kind::Perftest(_) => ("ucx_perftest", 2),
         };
         let mut found = mpi::processes_called(self.root, name);
         ensure!(found.len() == count, "processes found: {found:?}");
@@ -214,6 +255,20 @@ impl<'a> Started<'a> {
         wait_for_traffic(&mut self.runner, &self.job.setup.device, self.job.deadline)
     }
 
+    /// Waits until the job has sent anything.
+    ///
+    /// # Errors
+    /// When it ends or time runs out first.
+    pub fn wait_for_packet(&mut self) -> Result<()> {
+        let device = &self.job.setup.device;
+        let sent = packets_sent(device)?;
+        self.runner.wait_until(
+            self.job.deadline.at_most(COMMAND_LIMIT),
+            "it sent anything again",
+            |_| Ok((packets_sent(device)? > sent).then_some(())),
+        )
+    }
+
     /// A `reverbs checkpoint` of this job.
     ///
     /// # Errors
@@ -246,7 +301,7 @@ impl<'a> Started<'a> {
             .context(checkpoint.errors()?)?;
         if options.contains(&"--stop") {
             tree::reap(&pids);
-            let left: Vec<_> = pids.iter().filter(|pid| exists(**pid)).collect();
+            let left: Vec<_> = pids.iter().filter(|pid| tree::exists(**pid)).collect();
             ensure!(left.is_empty(), "the job has ended, but not {left:?}");
         }
         let image = PathBuf::from(checkpoint.output()?.trim_end());
@@ -323,6 +378,7 @@ impl<'a> Started<'a> {
             Kind::Mpi { .. } | Kind::Starting { .. } | Kind::Finalizing { .. } => {
                 fs::write(until(&self.job.folder), "")?
             }
+            Kind::Perftest(_) => {}
         }
         Ok(())
     }
@@ -366,6 +422,10 @@ impl<'a> Started<'a> {
             Kind::Mpi { ranks } | Kind::Starting { ranks } | Kind::Finalizing { ranks, .. } => {
                 mpi::check_account(&output, ranks).map(|count| format!("{count} rounds"))
             }
+            Kind::Perftest(test) => {
+                clients::check_perftest(&output, test.messages)?;
+                Ok(format!("{} messages", test.messages))
+            }
         }
     }
 
@@ -384,13 +444,7 @@ impl<'a> Started<'a> {
     /// # Errors
     /// When one stays.
     pub fn wait_until_gone(&self, pids: &[u32]) -> Result<()> {
-        let deadline = self.job.deadline.at_most(END_LIMIT);
-        while let Some(pid) = pids.iter().find(|pid| exists(**pid)) {
-            ensure!(!deadline.passed(), "process {pid} does not end");
-            tree::reap(pids);
-            std::thread::sleep(PAUSE);
-        }
-        Ok(())
+        tree::wait_until_gone(pids, self.job.deadline.at_most(END_LIMIT))
     }
 
     /// All processes of the job.
@@ -443,8 +497,4 @@ fn has_device(pid: u32) -> bool {
     files.into_iter().flatten().flatten().any(|file| {
         fs::read_link(file.path()).is_ok_and(|target| target.starts_with("/dev/infiniband"))
     })
-}
-
-fn exists(pid: u32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
 }

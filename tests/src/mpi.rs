@@ -10,21 +10,47 @@ use crate::process::Running;
 use crate::setup::{Deadline, Setup};
 use crate::{evidence, tree};
 
-/// An `mpirun` command for `program`, over UCX's RC transport on the device of the run.
-pub fn mpirun(setup: &Setup, ranks: u32, program: &str) -> Result<Command> {
-    let mut command = setup.command("mpirun");
+/// Debian's MPI libraries. Both use UCX.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Library {
+    OpenMpi,
+    Mpich,
+}
+
+impl Library {
+    /// `mpi_check` as it is compiled for it.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::OpenMpi => "mpi_check",
+            Self::Mpich => "mpi_check_mpich",
+        }
+    }
+}
+
+/// A command that runs `mpi_check` over UCX's RC transport on the device of the run.
+///
+/// # Errors
+/// When it was not compiled.
+pub fn mpirun(setup: &Setup, library: Library, ranks: u32) -> Result<Command> {
+    let mut command = setup.command(match library {
+        Library::OpenMpi => "mpirun",
+        Library::Mpich => "mpiexec.mpich",
+    });
     command
         .env("UCX_TLS", "rc,self")
         .env("UCX_NET_DEVICES", format!("{}:1", setup.device))
         .env("UCX_IB_GID_INDEX", setup.gid_index.to_string())
         // Soft-RoCE's own GRHs do not pass this check, with or without the provider.
         .env("UCX_UD_VERBS_ETH_DGID_CHECK", "n")
-        .args(["-np", &ranks.to_string()])
-        .args(["--allow-run-as-root", "--oversubscribe"])
-        .args(["--mca", "pml", "ucx", "--mca", "btl", "^openib"])
-        // More ranks than processors: a rank that waits must give way.
-        .args(["--mca", "mpi_yield_when_idle", "1"])
-        .arg(setup.own_program(program)?);
+        .args(["-np", &ranks.to_string()]);
+    if library == Library::OpenMpi {
+        command
+            .args(["--allow-run-as-root", "--oversubscribe"])
+            .args(["--mca", "pml", "ucx", "--mca", "btl", "^openib"])
+            // More ranks than processors: a rank that waits must give way.
+            .args(["--mca", "mpi_yield_when_idle", "1"]);
+    }
+    command.arg(setup.own_program(library.program())?);
     Ok(command)
 }
 
@@ -32,12 +58,17 @@ pub fn mpirun(setup: &Setup, ranks: u32, program: &str) -> Result<Command> {
 ///
 /// # Errors
 /// When they do not, or do not drive the device in the wanted way.
-pub fn start_check(job: &Job<'_>, ranks: u32, options: &[&str]) -> Result<Running> {
-    let mut command = mpirun(job.setup, ranks, "mpi_check")?;
+pub fn start_check(
+    job: &Job<'_>,
+    library: Library,
+    ranks: u32,
+    options: &[&str],
+) -> Result<Running> {
+    let mut command = mpirun(job.setup, library, ranks)?;
     command.args(options);
     let mut mpirun = Running::start(command, &job.folder, "mpirun")?;
     mpirun.wait_for_line(job.deadline, "ready")?;
-    let found = processes_called(mpirun.pid(), "mpi_check");
+    let found = processes_called(mpirun.pid(), library.program());
     ensure!(
         found.len() == ranks as usize,
         "{} ranks instead of {ranks}",

@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::case::{Action, Case, Job, Needs};
+use crate::mpi::Library;
 use crate::process::{self, Running};
 use crate::setup::Setup;
 use crate::{evidence, mpi, tree};
@@ -65,6 +66,15 @@ pub fn cases() -> Vec<Case> {
         (
             "mpi-np2",
             Action::Mpi {
+                library: Library::OpenMpi,
+                ranks: 2,
+                rounds: 32,
+            },
+        ),
+        (
+            "mpich-np2",
+            Action::Mpi {
+                library: Library::Mpich,
                 ranks: 2,
                 rounds: 32,
             },
@@ -72,6 +82,7 @@ pub fn cases() -> Vec<Case> {
         (
             "mpi-np4",
             Action::Mpi {
+                library: Library::OpenMpi,
                 ranks: 4,
                 rounds: 16,
             },
@@ -111,8 +122,9 @@ pub fn run(own: &Own, job: &Job<'_>) -> Result<String> {
 ///
 /// # Errors
 /// When it fails, or its ranks did not drive the device in the wanted way.
-pub fn run_mpi(ranks: u32, rounds: u32, job: &Job<'_>) -> Result<String> {
-    let mut mpirun = mpi::start_check(job, ranks, &["--iterations", &rounds.to_string()])?;
+pub fn run_mpi(library: Library, ranks: u32, rounds: u32, job: &Job<'_>) -> Result<String> {
+    let rounds_wanted = rounds.to_string();
+    let mut mpirun = mpi::start_check(job, library, ranks, &["--iterations", &rounds_wanted])?;
     let done = mpi::finish_check(&mut mpirun, ranks, job.deadline)?;
     ensure!(
         done == u64::from(rounds),

@@ -131,6 +131,18 @@ const PROGRAMS: &[Program] = &[
         sources: &["mpi_check.c"],
         libraries: &[],
     },
+    Program {
+        name: "mpi_check_mpich",
+        compiler: "mpicc.mpich",
+        sources: &["mpi_check.c"],
+        libraries: &[],
+    },
+    Program {
+        name: "connections",
+        compiler: "gcc",
+        sources: &["connections.c", "common.c"],
+        libraries: &["-lrdmacm", "-libverbs"],
+    },
 ];
 
 const FLAGS: &[&str] = &["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-g"];

@@ -1,9 +1,13 @@
 //! Process trees: who descends from whom, and ending all of them.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
+use anyhow::{Result, ensure};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
+
+use crate::setup::Deadline;
 
 /// Between two looks at processes that are being ended.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -57,6 +61,24 @@ pub fn end_all() -> usize {
         }
         std::thread::sleep(PAUSE);
     }
+}
+
+/// Waits until none of these processes is there any more.
+///
+/// # Errors
+/// When one stays until the deadline.
+pub fn wait_until_gone(pids: &[u32], deadline: Deadline) -> Result<()> {
+    while let Some(pid) = pids.iter().find(|pid| exists(**pid)) {
+        ensure!(!deadline.passed(), "process {pid} does not end");
+        reap(pids);
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
+}
+
+/// Whether there is such a process, or what is left of one.
+pub fn exists(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
 }
 
 /// Takes note of the end of those that are our children by now.

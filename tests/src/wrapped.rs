@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::case::{Action, Case, Job, Needs};
 use crate::cycles::{self, Cycled, CycledJob};
 use crate::jobs::{COMMAND_LIMIT, Kind, Started};
+use crate::mpi::Library;
 use crate::process::{self, Running};
 use crate::setup::{Setup, WRAPPER};
 
@@ -86,7 +87,10 @@ const WRAPPED: &[Wrapped] = &[
         plan: LATE,
         work: Work::Cycled(Cycled {
             name: "wrapped-mpi-np2",
-            job: CycledJob::Mpi { ranks: 2 },
+            job: CycledJob::Mpi {
+                library: Library::OpenMpi,
+                ranks: 2,
+            },
             share: 8,
         }),
     },

@@ -21,7 +21,7 @@ pub struct Run {
 
 /// All runs, in order.
 pub const RUNS: &[Run] = &[
-    // rdma-core's own tests, stock clients, own programs, MPI.
+    // rdma-core's own tests, stock clients of verbs and of the layers above, own programs, MPI.
     Run {
         name: "provider",
         cases: &[
@@ -31,6 +31,10 @@ pub const RUNS: &[Run] = &[
             "^write",
             "^read",
             "^atomic",
+            "^cm-",
+            "^qperf",
+            "^libfabric",
+            "^ucx",
             "^verbs",
             "^rc-",
             "^ud-srq",
@@ -53,6 +57,8 @@ pub const RUNS: &[Run] = &[
             "^cycle-rc",
             "^cycle-ud",
             "^cycle-mpi",
+            "^cycle-ucx",
+            "=cycle-connection-idle",
             "=killed-cycle",
             "=killed-checkpoint",
             "^fail",
@@ -117,6 +123,7 @@ pub const RUNS: &[Run] = &[
             "=restart-matrix-mix-extended",
             "=restart-objects",
             "=restart-mpi-np2-other-device",
+            "=restart-ucx-ud-checked-other-device",
             "=restart-deleted-file",
             "=checkpoint-runs-on",
             "=checkpoint-in-init",
