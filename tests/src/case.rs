@@ -9,14 +9,9 @@ use crate::mpi::Library;
 use crate::report::{Place, Test};
 use crate::setup::{Deadline, Mode, Setup};
 use crate::{
-    abandoned, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults, killed,
-    killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals, smaller,
-    abandoned, chaos, checkpoints, corners, costs, cycles, dead, drain, facts, failures, faults,
-    killed, killed_criu, killed_restart, leaks, matrix, moments, outside, own_programs, rivals,
-    stale, stock, stopped, strangers, suite, wrapped,
-    abandoned, checkpoints, clients, connections, corners, costs, cycles, dead, drain, facts,
-    failures, faults, killed, killed_criu, killed_restart, leaks, matrix, moments, outside,
-    own_programs, rivals, stale, stock, stopped, strangers, suite, wrapped,
+    abandoned, chaos, checkpoints, clients, connections, corners, costs, cycles, dead, drain,
+    facts, failures, faults, killed, killed_criu, killed_restart, leaks, matrix, moments, outside,
+    own_programs, rivals, smaller, stale, stock, stopped, strangers, suite, wrapped,
 };
 
 /// In which modes a case makes sense.
