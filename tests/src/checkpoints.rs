@@ -81,7 +81,7 @@ const SAVED: &[Saved] = &[
         kind: Kind::Perftest(&Perftest {
             transport: "rc_verbs",
             test: "am_lat",
-            messages: "5000",
+            messages: "60000",
             variables: IPV4,
         }),
         how: How::OtherDevice,
@@ -91,7 +91,7 @@ const SAVED: &[Saved] = &[
         kind: Kind::Perftest(&Perftest {
             transport: "ud_verbs",
             test: "am_lat",
-            messages: "2000",
+            messages: "40000",
             variables: IPV4,
         }),
         how: How::OtherDevice,
@@ -101,7 +101,7 @@ const SAVED: &[Saved] = &[
         kind: Kind::Perftest(&Perftest {
             transport: "ud_verbs",
             test: "am_lat",
-            messages: "2000",
+            messages: "40000",
             variables: IPV6,
         }),
         how: How::OtherDevice,

@@ -126,7 +126,7 @@ const CYCLED: &[Cycled] = &[
         job: CycledJob::Perftest(&Perftest {
             transport: "rc_verbs",
             test: "am_lat",
-            messages: "5000",
+            messages: "30000",
             variables: IPV4,
         }),
         share: 1,
@@ -136,7 +136,7 @@ const CYCLED: &[Cycled] = &[
         job: CycledJob::Perftest(&Perftest {
             transport: "rc_verbs",
             test: "put_bw",
-            messages: "30000",
+            messages: "300000",
             variables: IPV4,
         }),
         share: 1,
@@ -146,7 +146,7 @@ const CYCLED: &[Cycled] = &[
         job: CycledJob::Perftest(&Perftest {
             transport: "ud_verbs",
             test: "am_lat",
-            messages: "2000",
+            messages: "20000",
             variables: IPV6,
         }),
         share: 1,

@@ -11,7 +11,7 @@ use crate::process::Running;
 use crate::setup::{Deadline, Mode};
 
 /// How long a program may take to open its device under emulation.
-const TIME_TO_OPEN: Duration = Duration::from_secs(30);
+const TIME_TO_OPEN: Duration = Duration::from_secs(120);
 
 /// Whether the process has an RDMA device open.
 pub fn has_device_open(pid: u32) -> bool {
