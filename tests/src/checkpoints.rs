@@ -220,7 +220,7 @@ struct Status {
     /// the hardware behind it.
     devices: BTreeSet<(String, String)>,
     phases: BTreeSet<String>,
-    /// What was found out of the devices with queue pairs: that they tell how far a responder came.
+    /// What was found out of the devices with queue pairs of RC: that they tell how far a responder came.
     live_psns: BTreeSet<Option<bool>>,
 }
 
@@ -255,8 +255,11 @@ impl Status {
                         name("device").context("no device")?,
                         name("hardware_device").context("no hardware_device")?,
                     ));
-                    let live = context["responder_psn_is_live"].as_bool();
-                    found.live_psns.insert(live);
+                    // It is found out when one of RC is connected.
+                    if pairs.iter().any(|pair| pair["transport"] == "RC") {
+                        let live = context["responder_psn_is_live"].as_bool();
+                        found.live_psns.insert(live);
+                    }
                 }
             }
         }
@@ -287,7 +290,7 @@ impl Status {
             self.phases
         );
         ensure!(
-            self.live_psns == BTreeSet::from([Some(true)]),
+            self.live_psns.iter().all(|live| *live == Some(true)),
             "Soft-RoCE tells how far a responder came, and status says {:?}",
             self.live_psns
         );
@@ -330,7 +333,8 @@ mod tests {
     const BEFORE: &str = r#"[{"pid":9,"phase":"running","contexts":[
         {"device":"rxe1","hardware_device":"rxe1","queue_pairs":[]},
         {"device":"rxe0","hardware_device":"rxe0","responder_psn_is_live":true,"queue_pairs":[
-            {"virtual_qpn":17,"hardware_qpn":17},{"virtual_qpn":18,"hardware_qpn":18}]}]}]"#;
+            {"transport":"RC","virtual_qpn":17,"hardware_qpn":17},
+            {"transport":"RC","virtual_qpn":18,"hardware_qpn":18}]}]}]"#;
 
     fn check(edit: impl Fn(&str) -> String) -> Result<()> {
         let good = BEFORE
@@ -350,5 +354,6 @@ mod tests {
         check(|text| text.replace(r#""pid":9"#, r#""pid":8"#)).unwrap_err();
         check(|text| text.replace("running", "released")).unwrap_err();
         check(|text| text.replace("rxe0", "rxe2")).unwrap_err();
+        check(|text| text.replace(r#"live":true"#, r#"live":null"#)).unwrap_err();
     }
 }
