@@ -38,7 +38,7 @@ pub enum Connections {
 pub fn cases() -> Vec<Case> {
     [
         ("fail-connection", Connections::Live),
-        ("fail-connection-unbound", Connections::Unbound),
+        ("connection-unbound", Connections::Unbound),
         ("cycle-connection-idle", Connections::Idle),
     ]
     .into_iter()
