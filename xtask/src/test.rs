@@ -49,7 +49,7 @@ impl Count {
 }
 
 /// Seconds for each fuzz target.
-const FUZZ: u64 = 40;
+const FUZZ: u64 = 60;
 
 /// The same in the long run.
 const FUZZ_LONG: u64 = 600;

@@ -96,11 +96,11 @@ pub const RUNS: &[Run] = &[
         timeout: 900,
         ..RUN
     },
-    // The traffic program over all its options: by itself, and sixty times under fresh hardware at random moments.
+    // The traffic program over all its options: by itself, and a hundred times under fresh hardware at random moments.
     Run {
         name: "matrix",
         cases: &["^matrix", "^cycle-matrix"],
-        options: &["--cycles", "60"],
+        options: &["--cycles", "100"],
         timeout: 1200,
         ..RUN
     },
