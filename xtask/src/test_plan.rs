@@ -43,13 +43,6 @@ pub const RUNS: &[Run] = &[
         timeout: 1500,
         ..RUN
     },
-    // Processes that replace their own hardware all the time.
-    Run {
-        name: "chaos",
-        cases: &["=python-suite-chaos"],
-        timeout: 900,
-        ..RUN
-    },
     // Fresh hardware under a running job, a few times; checkpoints that fail or meet another.
     Run {
         name: "cycles",
@@ -108,7 +101,7 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "leaks",
         cases: &["^leak"],
-        options: &["--cycles", "100"],
+        options: &["--cycles", "60"],
         timeout: 600,
         ..RUN
     },
@@ -149,6 +142,14 @@ pub const RUNS: &[Run] = &[
         options: &["--cycles", "1000"],
         long: true,
         timeout: 7200,
+        ..RUN
+    },
+    // Processes that replace their own hardware all the time.
+    Run {
+        name: "chaos",
+        cases: &["=python-suite-chaos"],
+        long: true,
+        timeout: 900,
         ..RUN
     },
     // A hundred cycles under valgrind, which gets one in twenty.
