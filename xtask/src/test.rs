@@ -334,6 +334,8 @@ fn failed_name(line: &str) -> Option<String> {
     let mut words = line.split_whitespace();
     let name = match line.strip_prefix("test ") {
         Some(of_cargo) => of_cargo.strip_suffix(" ... FAILED")?,
+        // What is indented is quoted from a file.
+        None if line.starts_with(char::is_whitespace) => return None,
         None => words.next().filter(|_| words.next() == Some("FAILED"))?,
     };
     Some(name.to_owned())
@@ -383,6 +385,7 @@ mod tests {
             name("leak-valgrind                FAILED  110.0 s  why"),
             "leak-valgrind"
         );
+        assert_eq!(name("      leak-valgrind FAILED"), "");
         assert_eq!(name("test image::it_is_whole ... ok"), "");
         assert_eq!(name("test result: FAILED. 12 passed; 3 failed"), "");
         assert_eq!(name("leak-valgrind                ok      110.0 s"), "");
