@@ -234,6 +234,45 @@ pub unsafe fn query_port(
     }
 }
 
+/// All attributes of a device.
+///
+/// # Safety
+/// `context` as for [`extended`].
+///
+/// # Errors
+/// What the device answers; `EOPNOTSUPP` where it has no such verb.
+pub unsafe fn attributes(context: *mut ibv_context) -> Verb<ibv_device_attr_ex> {
+    // SAFETY: as the caller vouches; zero is valid for the attributes, and all of it may be written to.
+    unsafe {
+        let mut attributes: ibv_device_attr_ex = std::mem::zeroed();
+        let size = size_of_val(&attributes);
+        query_device_ex(context, std::ptr::null(), &raw mut attributes, size)?;
+        Ok(attributes)
+    }
+}
+
+/// All attributes of a port.
+///
+/// # Safety
+/// `context` as for [`extended`].
+///
+/// # Errors
+/// What the device answers.
+pub unsafe fn port_attributes(context: *mut ibv_context, port: u8) -> Verb<ibv_port_attr> {
+    // SAFETY: as the caller vouches; zero is valid for the attributes.
+    unsafe {
+        let mut attributes: ibv_port_attr = std::mem::zeroed();
+        query_port(context, port, &raw mut attributes)?;
+        Ok(attributes)
+    }
+}
+
+/// log2 of a port's path MTU in bytes: `enum ibv_mtu` counts from 256 bytes, log2 8, as 1.
+#[must_use]
+pub fn mtu_bits(port: &ibv_port_attr) -> u8 {
+    port.active_mtu as u8 + 7
+}
+
 impl Verbs {
     /// `ibv_create_cq_ex`.
     ///

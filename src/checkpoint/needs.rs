@@ -8,22 +8,23 @@ use kmod_compat::ports::GidType;
 
 use crate::control::needs::{Needs, Source};
 use crate::handle::VirtualGid;
-use crate::virt::context::{Context, Objects};
+use crate::virt::context::Context;
 use crate::virt::ports;
 
 /// # Safety
 /// The registry must hold still.
-pub(super) unsafe fn needs(context: &Context, objects: &Objects) -> Needs {
+pub(super) unsafe fn needs(context: &Context) -> Needs {
     let mut needs = Needs::default();
     let mut sources = BTreeSet::new();
+    let mut datagram_ports = BTreeSet::new();
+    let objects = context.objects();
     // SAFETY: as the caller vouches.
     unsafe {
         for (_, pair) in &objects.queue_pairs {
             let pair = pair.get();
             let of_pair = pair.needs();
             if of_pair.transport == "UD" {
-                let bytes = ports::mtu(context, pair.port().max(1));
-                needs.datagram_bytes = needs.datagram_bytes.max(bytes);
+                datagram_ports.insert(pair.port().max(1));
             }
             if !needs.queue_pairs.contains(&of_pair) {
                 needs.queue_pairs.push(of_pair);
@@ -48,6 +49,10 @@ pub(super) unsafe fn needs(context: &Context, objects: &Objects) -> Needs {
             needs.atomics |= region.access() & IBV_ACCESS_REMOTE_ATOMIC != 0;
         }
     }
+    // The application waits for nothing that is read from here on.
+    drop(objects);
+    let sizes = datagram_ports.iter().map(|port| ports::mtu(context, *port));
+    needs.datagram_bytes = sizes.max().unwrap_or(0);
     needs.sources = named(context, &sources);
     needs
 }

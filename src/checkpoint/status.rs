@@ -32,6 +32,8 @@ pub(crate) fn status(phase: Phase, session: Option<Session>, notes: &[String]) -
 }
 
 fn context_status(context: &Context) -> ContextStatus {
+    // SAFETY: the caller keeps the registry still.
+    let needs = unsafe { needs(context) };
     let objects = context.objects();
     // SAFETY: the caller keeps the registry still.
     unsafe {
@@ -69,7 +71,7 @@ fn context_status(context: &Context) -> ContextStatus {
                 .iter()
                 .filter(|channel| channel.belongs_to(context))
                 .count() as u64,
-            needs: needs(context, &objects),
+            needs,
         }
     }
 }

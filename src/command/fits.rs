@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use libloading::Library;
 use rdma_core_sys::{
-    IBV_ATOMIC_NONE, IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD, ibv_context, ibv_device_attr,
-    ibv_device_attr_ex, ibv_port_attr, ibv_qp_cap, ibv_qp_init_attr,
+    IBV_ATOMIC_NONE, IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD, ibv_context, ibv_device_attr, ibv_qp_cap,
+    ibv_qp_init_attr,
 };
 use reverbs::control::needs::{Needs, QueuePairNeeds};
 use reverbs::device::{self, Verbs};
@@ -68,24 +68,17 @@ struct Limits {
 
 impl Limits {
     fn of(context: *mut ibv_context) -> Result<Self> {
-        // SAFETY: the context is open; zero is valid for the attributes, all of which may be written to.
-        unsafe {
-            let mut device: ibv_device_attr_ex = std::mem::zeroed();
-            let size = size_of_val(&device);
-            device::query_device_ex(context, std::ptr::null(), &raw mut device, size)
-                .context("ibv_query_device")?;
-            let mut mtus = Vec::new();
-            for number in 1..=device.orig_attr.phys_port_cnt {
-                let mut port: ibv_port_attr = std::mem::zeroed();
-                device::query_port(context, number, &raw mut port).context("ibv_query_port")?;
-                // enum ibv_mtu counts from 256 bytes as 1.
-                mtus.push(128 << port.active_mtu);
-            }
-            Ok(Self {
-                device: device.orig_attr,
-                mtus,
-            })
+        // SAFETY: the context is open.
+        let device = unsafe { device::attributes(context) }
+            .context("ibv_query_device")?
+            .orig_attr;
+        let mut mtus = Vec::new();
+        for number in 1..=device.phys_port_cnt {
+            // SAFETY: as above.
+            let port = unsafe { device::port_attributes(context, number) };
+            mtus.push(1 << device::mtu_bits(&port.context("ibv_query_port")?));
         }
+        Ok(Self { device, mtus })
     }
 
     /// What is asked for beyond the limits.

@@ -145,7 +145,8 @@ pub unsafe fn open(
             objects: Mutex::default(),
             events,
             names: Mutex::new(names),
-            attributes: attributes(hardware),
+            // SAFETY: the hardware was opened just now.
+            attributes: unsafe { device::attributes(hardware) }.ok(),
             lkeys: KeyTable::default(),
             window_keys: KeyTable::default(),
             qpns_back: Mutex::default(),
@@ -171,16 +172,6 @@ pub unsafe fn open(
         unsafe { (verbs.ibv_close_device)(hardware) };
     }
     result
-}
-
-fn attributes(hardware: *mut ibv_context) -> Option<ibv_device_attr_ex> {
-    // SAFETY: the hardware was opened just now; zero is valid for the attributes, and all of it may be written to.
-    unsafe {
-        let mut attributes: ibv_device_attr_ex = std::mem::zeroed();
-        let size = size_of_val(&attributes);
-        device::query_device_ex(hardware, std::ptr::null(), &raw mut attributes, size).ok()?;
-        Some(attributes)
-    }
 }
 
 /// A device opened after a restart of the job: peers name old things by old numbers (docs/identity.md, "Younger processes").

@@ -11,6 +11,7 @@ use super::context::Context;
 use super::own_pair::OwnPair;
 use super::process::{lock, process};
 use crate::control::message::{PortAddress, PortNumbers};
+use crate::device;
 use crate::errno::{Errno, Verb};
 use crate::handle::{HardwareGid, HardwareLid, HardwareQpn, VirtualGid, VirtualLid};
 use crate::translate::Address;
@@ -61,11 +62,7 @@ pub(crate) fn ports_now(context: &Context, ports: &[u8]) -> Verb<Vec<PortNow>> {
     let table = unsafe { context.verbs.gid_table(context.hardware())? };
     let port_now = |number: &u8| {
         // SAFETY: as above.
-        let attr = unsafe {
-            let mut attr = std::mem::zeroed();
-            crate::device::query_port(context.hardware(), *number, &raw mut attr)?;
-            attr
-        };
+        let attr = unsafe { device::port_attributes(context.hardware(), *number)? };
         let mut gids = Vec::new();
         for entry in table
             .iter()
@@ -96,10 +93,9 @@ pub(crate) fn ports_now(context: &Context, ports: &[u8]) -> Verb<Vec<PortNow>> {
                 network_interface: None,
             };
         }
-        // enum ibv_mtu counts from 256 bytes, log2 8, as 1.
         Ok(PortNow {
             lid: attr.lid,
-            mtu: attr.active_mtu as u8 + 7,
+            mtu: device::mtu_bits(&attr),
             gids,
         })
     };
@@ -111,15 +107,9 @@ pub(crate) fn mtu(context: &Context, port: u8) -> u32 {
     if context.hardware().is_null() {
         return 0;
     }
-    // SAFETY: the hardware is there; zero is valid for the attributes.
-    unsafe {
-        let mut attr: rdma_core_sys::ibv_port_attr = std::mem::zeroed();
-        match crate::device::query_port(context.hardware(), port, &raw mut attr) {
-            // enum ibv_mtu counts from 256 bytes as 1.
-            Ok(()) => 128 << attr.active_mtu,
-            Err(_) => 0,
-        }
-    }
+    // SAFETY: the hardware is there.
+    let attributes = unsafe { device::port_attributes(context.hardware(), port) };
+    attributes.map_or(0, |port| 1 << device::mtu_bits(&port))
 }
 
 /// Where the GID of a device of this process leads. The job's tables do not have it if the device was not open at the last restart.

@@ -1,6 +1,7 @@
 //! Do the devices of this node offer what the part of an image that comes to it asks of its own? Looked at before anything is
 //! restored.
 
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -20,7 +21,6 @@ use reverbs::image::Manifest;
 pub(super) fn check(manifest: &Manifest, choices: &[DeviceChoice]) -> Result<()> {
     let processes = manifest.processes.iter();
     let contexts = processes.filter_map(|process| process.rdma.as_ref());
-    let contexts: Vec<_> = contexts.flat_map(|rdma| &rdma.contexts).collect();
     let names: Vec<String> = devices::list(&Sysfs::host())
         .unwrap_or_default()
         .into_iter()
@@ -31,10 +31,16 @@ pub(super) fn check(manifest: &Manifest, choices: &[DeviceChoice]) -> Result<()>
         // Whatever stands for the job's devices is not the kernel's: it is looked for when they are opened.
         return Ok(());
     }
+    // Many processes have used the same few devices, and a large GID table takes long to read.
+    let here = LazyCell::new(|| {
+        let read = |name: &String| read_device(&Sysfs::host(), name).ok();
+        names.iter().filter_map(read).collect::<Vec<_>>()
+    });
     let mut by_device: BTreeMap<String, Vec<&ContextStatus>> = BTreeMap::new();
-    for context in contexts {
+    for context in contexts.flat_map(|rdma| &rdma.contexts) {
         let device = choose(&context.device, choices, &names, |name| {
-            read_device(&Sysfs::host(), name).is_ok_and(|facts| has_address_of(&facts, context))
+            let mut named = here.iter().filter(|facts| facts.name == name);
+            named.any(|facts| has_address_of(facts, context))
         })
         .map_err(anyhow::Error::msg)?;
         by_device.entry(device).or_default().push(context);

@@ -12,13 +12,15 @@ use crate::virt::process::lock;
 impl QueuePair {
     pub(crate) fn needs(&self) -> QueuePairNeeds {
         let (attr, mask) = lock(&self.attributes).all();
+        // Beside a shared receive queue the numbers mean nothing (IBTA 10.2.9.1).
+        let own_receives = |number| if self.shared.is_null() { number } else { 0 };
         let set = |flag, value| if mask & flag == 0 { 0 } else { value };
         QueuePairNeeds {
             transport: self.transport().into(),
             send_requests: self.capacity.max_send_wr,
-            receive_requests: self.capacity.max_recv_wr,
+            receive_requests: own_receives(self.capacity.max_recv_wr),
             send_elements: self.capacity.max_send_sge,
-            receive_elements: self.capacity.max_recv_sge,
+            receive_elements: own_receives(self.capacity.max_recv_sge),
             inline_bytes: self.capacity.max_inline_data,
             reads_asked: set(IBV_QP_MAX_QP_RD_ATOMIC, attr.max_rd_atomic),
             reads_answered: set(IBV_QP_MAX_DEST_RD_ATOMIC, attr.max_dest_rd_atomic),
